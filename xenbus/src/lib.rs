@@ -1,0 +1,9 @@
+#![no_std]
+#![forbid(unsafe_code)]
+//! The Xen store: wire format, client, device states, the shared ring and a whole server.
+
+extern crate alloc;
+
+#[cfg(feature = "server")]
+pub mod server;
+pub mod wire;

@@ -1,0 +1,1 @@
+//! A whole store, for the domain that serves it.
