@@ -1,2 +1,8 @@
 #![no_std]
-//! TODO
+#![doc = include_str!("../README.md")]
+
+extern crate alloc;
+
+mod shared;
+
+pub use shared::{SharedMemory, SharedPage};
