@@ -1,2 +1,9 @@
 #![no_std]
-//! TODO
+#![doc = include_str!("../README.md")]
+
+mod bits;
+mod channel;
+mod upcall;
+
+pub use channel::{Channel, Eoi, Work};
+pub use upcall::Upcalls;

@@ -3,6 +3,14 @@
 
 extern crate alloc;
 
+mod copy;
+mod frame;
+mod map;
 mod shared;
+mod table;
 
+pub use copy::{BatchFull, CopyBatch, CopyIndex, CopyOps, CopyResults, PeerSpan};
+pub use frame::{Frame, FramePool, Span, SpanMut};
+pub use map::{ForeignPage, MapError, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};
+pub use table::{GrantError, GrantTable, GrantedPage};

@@ -49,7 +49,7 @@ impl SharedPage {
     fn word(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: the offset is within the page and a multiple of 4, the page is aligned and lives as long as `self`;
         // an `AtomicU32` may be written by others at any time.
-        unsafe { self.base.add(offset % PAGE_SIZE & !3).cast().as_ref() }
+        unsafe { self.base.add((offset % PAGE_SIZE) & !3).cast().as_ref() }
     }
 
     fn byte(&self, offset: usize) -> &AtomicU8 {
