@@ -1,3 +1,6 @@
 #![no_std]
 #![forbid(unsafe_code)]
-//! TODO
+//! Xen's paravirtual network protocol.
+
+pub mod ring;
+pub mod slot;
