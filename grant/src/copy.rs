@@ -6,7 +6,7 @@ use core::marker::PhantomData;
 use hypercall::abi::{CopyEnd, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GrantCopy};
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, PageOffset};
 
-use crate::frame::{Span, SpanMut};
+use crate::frame::{Extent, Span, SpanMut};
 
 /// Bytes in a page that a peer granted us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +26,45 @@ pub struct CopyOps {
     capacity: usize,
 }
 
-/// Which copy of its batch: what [`CopyBatch`] answers when one is added, and [`CopyResults::status`] takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct CopyIndex(usize);
+/// Some copies of a batch, one after another: what [`CopyBatch`] answers when they are added, and
+/// [`CopyResults::of`] takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CopyRange {
+    first: usize,
+    end: usize,
+}
 
-/// The batch has no room for another copy.
+impl CopyRange {
+    /// This range with one that was added right after it.
+    #[must_use]
+    pub const fn with(self, later: Self) -> Self {
+        if self.first == self.end { later } else { Self { first: self.first, end: later.end } }
+    }
+
+    /// How many copies.
+    #[must_use]
+    pub const fn len(self) -> usize {
+        self.end.saturating_sub(self.first)
+    }
+
+    /// Whether it is none at all.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Why copies were not added to a batch; the batch is as it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the batch of copies is full")]
-pub struct BatchFull;
+#[non_exhaustive]
+pub enum CopyError {
+    /// The batch has no room for them.
+    #[error("the batch of copies is full")]
+    Full,
+    /// The bytes do not all lie in the peer's page.
+    #[error("a copy may not cross the end of a peer's page")]
+    CrossesPage,
+}
 
 impl CopyOps {
     /// Room for `capacity` copies.
@@ -57,54 +88,72 @@ pub struct CopyBatch<'b, 'f> {
 }
 
 impl<'b, 'f> CopyBatch<'b, 'f> {
-    fn push(
-        &mut self,
-        source: CopyEnd,
-        dest: CopyEnd,
-        len: u16,
-        flags: u16,
-    ) -> Result<CopyIndex, BatchFull> {
-        let at = self.ops.ops.len();
-        if at >= self.ops.capacity {
-            return Err(BatchFull);
-        }
+    fn push(&mut self, source: CopyEnd, dest: CopyEnd, len: u16, flags: u16) {
         self.ops.ops.push(GrantCopy { source, dest, len, flags, status: GrantStatus::UNTOUCHED });
-        Ok(CopyIndex(at))
     }
 
-    /// From a peer's page into one of ours, as many bytes as `to` has.
-    ///
-    /// # Errors
-    /// [`BatchFull`].
-    pub fn pull(&mut self, from: PeerSpan, to: SpanMut<'f>) -> Result<CopyIndex, BatchFull> {
-        let (gfn, offset, len) = to.place();
-        let source = CopyEnd::granted(from.domain, from.gref, from.offset.get());
-        self.push(source, CopyEnd::own(gfn, offset), len, GNTCOPY_SOURCE_GREF)
+    /// Adds a copy for each page of ours that the bytes touch.
+    fn push_local(
+        &mut self,
+        peer: PeerSpan,
+        mut own: Extent,
+        flags: u16,
+        ends: impl Fn(CopyEnd, CopyEnd) -> (CopyEnd, CopyEnd),
+    ) -> Result<CopyRange, CopyError> {
+        if own.len() > peer.offset.room() {
+            return Err(CopyError::CrossesPage);
+        }
+        if own.pages() > self.room() {
+            return Err(CopyError::Full);
+        }
+        let first = self.len();
+        let mut offset = peer.offset.get();
+        while let Some((gfn, within, len)) = own.next_page() {
+            let theirs = CopyEnd::granted(peer.domain, peer.gref, offset);
+            let (source, dest) = ends(theirs, CopyEnd::own(gfn, within));
+            self.push(source, dest, len, flags);
+            offset += len;
+        }
+        Ok(CopyRange { first, end: self.len() })
     }
 
-    /// From one of our pages into a peer's, all of `from`.
+    /// From a peer's page into a buffer of ours, as many bytes as `to` has.
     ///
     /// # Errors
-    /// [`BatchFull`].
-    pub fn deliver(&mut self, from: Span<'f>, to: PeerSpan) -> Result<CopyIndex, BatchFull> {
-        let (gfn, offset, len) = from.place();
-        let dest = CopyEnd::granted(to.domain, to.gref, to.offset.get());
-        self.push(CopyEnd::own(gfn, offset), dest, len, GNTCOPY_DEST_GREF)
+    /// As [`CopyError`] says.
+    pub fn pull(&mut self, from: PeerSpan, to: SpanMut<'f>) -> Result<CopyRange, CopyError> {
+        self.push_local(from, to.0, GNTCOPY_SOURCE_GREF, |theirs, ours| (theirs, ours))
+    }
+
+    /// From a buffer of ours into a peer's page, all of `from`.
+    ///
+    /// # Errors
+    /// As [`CopyError`] says.
+    pub fn deliver(&mut self, from: Span<'f>, to: PeerSpan) -> Result<CopyRange, CopyError> {
+        self.push_local(to, from.0, GNTCOPY_DEST_GREF, |theirs, ours| (ours, theirs))
     }
 
     /// From one peer's page into another's; the bytes never pass through memory of ours.
     ///
     /// # Errors
-    /// [`BatchFull`].
+    /// As [`CopyError`] says.
     pub fn relay(
         &mut self,
         from: PeerSpan,
         to: PeerSpan,
         len: u16,
-    ) -> Result<CopyIndex, BatchFull> {
+    ) -> Result<CopyRange, CopyError> {
+        if usize::from(len) > from.offset.room().min(to.offset.room()) {
+            return Err(CopyError::CrossesPage);
+        }
+        if self.room() == 0 {
+            return Err(CopyError::Full);
+        }
+        let first = self.len();
         let source = CopyEnd::granted(from.domain, from.gref, from.offset.get());
         let dest = CopyEnd::granted(to.domain, to.gref, to.offset.get());
-        self.push(source, dest, len, GNTCOPY_SOURCE_GREF | GNTCOPY_DEST_GREF)
+        self.push(source, dest, len, GNTCOPY_SOURCE_GREF | GNTCOPY_DEST_GREF);
+        Ok(CopyRange { first, end: self.len() })
     }
 
     /// How many more copies there is room for.
@@ -147,35 +196,15 @@ pub struct CopyResults<'b> {
 }
 
 impl CopyResults<'_> {
-    /// The status of one copy. An index from another batch reads as untouched, which is not success.
-    #[must_use]
-    pub fn status(&self, index: CopyIndex) -> GrantStatus {
-        self.ops.get(index.0).map_or(GrantStatus::UNTOUCHED, |op| op.status)
-    }
-
-    /// The first failure among the copies from `first` up to, but without, `end`.
+    /// How these copies ended: well only if all did. A range from another batch reads as untouched.
     ///
     /// # Errors
-    /// That failure's status.
-    pub fn all_ok(&self, first: CopyIndex, end: CopyIndex) -> Result<(), GrantStatus> {
-        let ops = self.ops.get(first.0..end.0).ok_or(GrantStatus::UNTOUCHED)?;
+    /// The first failure's status.
+    pub fn of(&self, range: CopyRange) -> Result<(), GrantStatus> {
+        let ops = self.ops.get(range.first..range.end).ok_or(GrantStatus::UNTOUCHED)?;
         match ops.iter().find(|op| !op.status.is_ok()) {
             None => Ok(()),
             Some(op) => Err(op.status),
         }
-    }
-}
-
-impl CopyIndex {
-    /// The index after this one: the end of a range that ends with this copy.
-    #[must_use]
-    pub fn next(self) -> Self {
-        Self(self.0.saturating_add(1))
-    }
-
-    /// The index that the next copy added to `batch` will have.
-    #[must_use]
-    pub fn upcoming(batch: &CopyBatch<'_, '_>) -> Self {
-        Self(batch.len())
     }
 }

@@ -10,8 +10,6 @@ use core::slice;
 use crossbeam_queue::ArrayQueue;
 use hypercall::{Gfn, Hypervisor, PAGE_SIZE};
 
-const ONE: NonZeroUsize = NonZeroUsize::MIN;
-
 #[derive(Clone, Copy)]
 struct Page {
     base: NonNull<u8>,
@@ -24,19 +22,20 @@ unsafe impl Send for Page {}
 struct Shared<H: Hypervisor> {
     hv: H,
     free: ArrayQueue<Page>,
+    pages: NonZeroUsize,
     total: usize,
 }
 
 impl<H: Hypervisor> Drop for Shared<H> {
     fn drop(&mut self) {
         while let Some(page) = self.free.pop() {
-            // SAFETY: allocated one by one in `FramePool::new`; each frame holds the pool, so none is out.
-            unsafe { self.hv.free_pages(page.base, ONE) };
+            // SAFETY: allocated by this count in `FramePool::new`; each frame holds the pool, so none is out.
+            unsafe { self.hv.free_pages(page.base, self.pages) };
         }
     }
 }
 
-/// A fixed number of private pages, handed out as [`Frame`]s; never grows.
+/// A fixed number of private buffers of a page or more, handed out as [`Frame`]s; never grows.
 pub struct FramePool<H: Hypervisor>(Arc<Shared<H>>);
 
 impl<H: Hypervisor> Clone for FramePool<H> {
@@ -46,20 +45,20 @@ impl<H: Hypervisor> Clone for FramePool<H> {
 }
 
 impl<H: Hypervisor> FramePool<H> {
-    /// `count` pages, or as many as there is memory for: see [`total`](Self::total).
+    /// `count` buffers of `pages` adjacent pages, or as many as there is memory for: see [`total`](Self::total).
     #[must_use]
-    pub fn new(hv: &H, count: NonZeroUsize) -> Self {
+    pub fn new(hv: &H, count: NonZeroUsize, pages: NonZeroUsize) -> Self {
         let free = ArrayQueue::new(count.get());
         let mut total = 0;
         while total < count.get() {
-            let Some(base) = hv.alloc_pages(ONE) else { break };
+            let Some(base) = hv.alloc_pages(pages) else { break };
             let page = Page { base, gfn: hv.virt_to_gfn(base) };
             if free.push(page).is_err() {
                 break;
             }
             total += 1;
         }
-        Self(Arc::new(Shared { hv: hv.clone(), free, total }))
+        Self(Arc::new(Shared { hv: hv.clone(), free, pages, total }))
     }
 
     /// A frame, with whatever its last user left in it. `None` when all are out.
@@ -87,36 +86,42 @@ impl<H: Hypervisor> fmt::Debug for FramePool<H> {
     }
 }
 
-/// A private page; goes back to its pool when dropped.
+/// A private buffer of whole pages; goes back to its pool when dropped.
 pub struct Frame<H: Hypervisor> {
     page: Page,
     pool: Arc<Shared<H>>,
 }
 
 impl<H: Hypervisor> Frame<H> {
-    /// Its bytes, [`PAGE_SIZE`] of them.
+    /// How many bytes it has.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.pool.pages.get().saturating_mul(PAGE_SIZE)
+    }
+
+    /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the page is ours, was zeroed when allocated, and is never granted; Xen writes it only in
-        // `CopyBatch::submit`, which holds a unique borrow.
-        unsafe { slice::from_raw_parts(self.page.base.as_ptr(), PAGE_SIZE) }
+        // SAFETY: these pages are ours, were zeroed when allocated, and are never granted; Xen writes them only
+        // in `CopyBatch::submit`, which holds a unique borrow.
+        unsafe { slice::from_raw_parts(self.page.base.as_ptr(), self.size()) }
     }
 
     /// Its bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is unique.
-        unsafe { slice::from_raw_parts_mut(self.page.base.as_ptr(), PAGE_SIZE) }
+        unsafe { slice::from_raw_parts_mut(self.page.base.as_ptr(), self.size()) }
     }
 
-    /// The page as something to copy out of.
+    /// The buffer as something to copy out of.
     #[must_use]
     pub fn span(&self) -> Span<'_> {
-        Span { gfn: self.page.gfn, offset: 0, len: PAGE_SIZE as u16, borrow: PhantomData }
+        Span(Extent { gfn: self.page.gfn, offset: 0, len: self.size() }, PhantomData)
     }
 
-    /// The page as something to copy into.
+    /// The buffer as something to copy into.
     pub fn span_mut(&mut self) -> SpanMut<'_> {
-        SpanMut { gfn: self.page.gfn, offset: 0, len: PAGE_SIZE as u16, borrow: PhantomData }
+        SpanMut(Extent { gfn: self.page.gfn, offset: 0, len: self.size() }, PhantomData)
     }
 }
 
@@ -133,52 +138,69 @@ impl<H: Hypervisor> fmt::Debug for Frame<H> {
     }
 }
 
-/// Part of a private page, to copy out of; borrows the frame for as long as Xen may read it.
+/// Bytes within adjacent private pages.
 #[derive(Clone, Copy, Debug)]
-pub struct Span<'f> {
+pub(crate) struct Extent {
+    /// The first page of the buffer.
     gfn: Gfn,
-    offset: u16,
-    len: u16,
-    borrow: PhantomData<&'f [u8]>,
+    offset: usize,
+    len: usize,
 }
 
-/// Part of a private page, to copy into; borrows the frame for as long as Xen may write it.
+impl Extent {
+    fn split_at(self, at: usize) -> (Self, Self) {
+        let at = at.min(self.len);
+        (Self { len: at, ..self }, Self { offset: self.offset + at, len: self.len - at, ..self })
+    }
+
+    /// Takes off what lies in the first page: its frame, where in there, and how many bytes. `None` when empty.
+    pub(crate) fn next_page(&mut self) -> Option<(Gfn, u16, u16)> {
+        let within = self.offset % PAGE_SIZE;
+        let (head, rest) = self.split_at(PAGE_SIZE - within);
+        if head.len == 0 {
+            return None;
+        }
+        *self = rest;
+        let gfn = Gfn(self.gfn.0 + (head.offset / PAGE_SIZE) as u64);
+        Some((gfn, within as u16, head.len as u16))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// How many pages it touches.
+    pub(crate) fn pages(&self) -> usize {
+        if self.len == 0 { 0 } else { (self.offset % PAGE_SIZE + self.len).div_ceil(PAGE_SIZE) }
+    }
+}
+
+/// Part of a private buffer, to copy out of; borrows it for as long as Xen may read it.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'f>(pub(crate) Extent, PhantomData<&'f [u8]>);
+
+/// Part of a private buffer, to copy into; borrows it for as long as Xen may write it.
 #[derive(Debug)]
-pub struct SpanMut<'f> {
-    gfn: Gfn,
-    offset: u16,
-    len: u16,
-    borrow: PhantomData<&'f mut [u8]>,
-}
-
-/// Where the part begins once `at` bytes are taken off a part of `len`, and how long both are.
-fn split(offset: u16, len: u16, at: usize) -> (u16, u16, u16) {
-    let first = u16::try_from(at).unwrap_or(len).min(len);
-    (first, offset.saturating_add(first), len.saturating_sub(first))
-}
+pub struct SpanMut<'f>(pub(crate) Extent, PhantomData<&'f mut [u8]>);
 
 impl<'f> Span<'f> {
     /// The first `at` bytes (or all there are), and the rest.
     #[must_use]
     pub fn split_at(self, at: usize) -> (Span<'f>, Span<'f>) {
-        let (first, offset, len) = split(self.offset, self.len, at);
-        (Span { len: first, ..self }, Span { offset, len, ..self })
+        let (head, rest) = self.0.split_at(at);
+        (Span(head, PhantomData), Span(rest, PhantomData))
     }
 
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len.into()
+        self.0.len()
     }
 
     /// Whether nothing is left of it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    pub(crate) fn place(&self) -> (Gfn, u16, u16) {
-        (self.gfn, self.offset, self.len)
+        self.len() == 0
     }
 }
 
@@ -186,24 +208,19 @@ impl<'f> SpanMut<'f> {
     /// The first `at` bytes (or all there are), and the rest.
     #[must_use]
     pub fn split_at(self, at: usize) -> (SpanMut<'f>, SpanMut<'f>) {
-        let (first, offset, len) = split(self.offset, self.len, at);
-        let Self { gfn, offset: start, borrow, .. } = self;
-        (SpanMut { gfn, offset: start, len: first, borrow }, SpanMut { gfn, offset, len, borrow })
+        let (head, rest) = self.0.split_at(at);
+        (SpanMut(head, PhantomData), SpanMut(rest, PhantomData))
     }
 
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len.into()
+        self.0.len()
     }
 
     /// Whether nothing is left of it.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    pub(crate) fn place(&self) -> (Gfn, u16, u16) {
-        (self.gfn, self.offset, self.len)
+        self.len() == 0
     }
 }

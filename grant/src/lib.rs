@@ -9,7 +9,7 @@ mod map;
 mod shared;
 mod table;
 
-pub use copy::{BatchFull, CopyBatch, CopyIndex, CopyOps, CopyResults, PeerSpan};
+pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan};
 pub use frame::{Frame, FramePool, Span, SpanMut};
 pub use map::{ForeignPage, MapError, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};

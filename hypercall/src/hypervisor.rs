@@ -144,7 +144,7 @@ pub unsafe trait Hypervisor: Clone + Send + Sync + 'static {
     /// As Xen answers; [`Errno::NOSPC`] where there is no room to show it.
     fn grant_table_frame(&self, index: u32) -> Result<NonNull<u8>, Errno>;
 
-    /// Pages of this domain, zeroed, adjacent in virtual memory. `None` when memory is short.
+    /// Pages of this domain, zeroed, adjacent in virtual memory and in frame numbers. `None` when memory is short.
     fn alloc_pages(&self, count: NonZeroUsize) -> Option<NonNull<u8>>;
 
     /// Gives pages back.

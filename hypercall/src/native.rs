@@ -16,7 +16,7 @@ use crate::{DomId, Errno, Gfn, GrantStatus, Port, VcpuId, Virq};
 /// # Safety
 /// As for [`Hypervisor`]: the methods of the same name have the same contract.
 pub unsafe trait Platform: Copy + Send + Sync + 'static {
-    /// Zeroed pages, adjacent in virtual memory.
+    /// Zeroed pages, adjacent in virtual memory and in frame numbers.
     fn alloc_pages(&self, count: NonZeroUsize) -> Option<NonNull<u8>>;
     /// Takes pages back.
     ///
@@ -124,7 +124,12 @@ impl<P: Platform> Xen<P> {
         let count = u32::try_from(ops.len()).map_err(|_| Errno::INVAL)?;
         // SAFETY: Xen reads and writes `count` structures from the start of the slice; the rest is the caller's promise.
         unsafe {
-            hypercall(call::GRANT_TABLE_OP, cmd, ops.as_mut_ptr().expose_provenance() as u64, count.into())?;
+            hypercall(
+                call::GRANT_TABLE_OP,
+                cmd,
+                ops.as_mut_ptr().expose_provenance() as u64,
+                count.into(),
+            )?;
         }
         Ok(())
     }
