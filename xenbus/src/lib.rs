@@ -4,6 +4,7 @@
 
 extern crate alloc;
 
+pub mod client;
 pub mod device;
 #[cfg(feature = "server")]
 pub mod server;
