@@ -3,13 +3,11 @@
 //! Each type is exactly its C structure: every bit survives decoding and encoding, so that a slot can be looked at again
 //! as the [`Extra`] that overlays it, from the private copy and not from the page.
 
-use core::sync::atomic::Ordering::Relaxed;
-
 use bitflags::bitflags;
 use grant::SharedMemory;
 use hypercall::GrantRef;
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
 }
 
@@ -25,25 +23,29 @@ pub trait Slot: sealed::Sealed + Copy {
 
 macro_rules! slot {
     ($name:ident, [$($word:literal),*]) => {
-        impl sealed::Sealed for $name {}
+        impl $crate::slot::sealed::Sealed for $name {}
 
-        impl Slot for $name {
+        impl $crate::slot::Slot for $name {
             const SIZE: usize = [$($word),*].len() * 4;
 
             #[inline]
-            fn load<M: SharedMemory>(memory: &M, at: usize) -> Self {
-                Self::decode([$(memory.load_u32(at + $word * 4, Relaxed)),*])
+            fn load<M: grant::SharedMemory>(memory: &M, at: usize) -> Self {
+                let order = core::sync::atomic::Ordering::Relaxed;
+                Self::decode([$(memory.load_u32(at + $word * 4, order)),*])
             }
 
             #[inline]
-            fn store<M: SharedMemory>(self, memory: &M, at: usize) {
+            fn store<M: grant::SharedMemory>(self, memory: &M, at: usize) {
+                let order = core::sync::atomic::Ordering::Relaxed;
                 for (index, word) in self.encode().into_iter().enumerate() {
-                    memory.store_u32(at + index * 4, word, Relaxed);
+                    memory.store_u32(at + index * 4, word, order);
                 }
             }
         }
     };
 }
+
+pub(crate) use slot;
 
 /// Two 16-bit fields in the order of the C structure, as the word they share.
 #[inline]
