@@ -6,4 +6,4 @@ mod channel;
 mod upcall;
 
 pub use channel::{Channel, Eoi, Work};
-pub use upcall::Upcalls;
+pub use upcall::{Binder, Upcalls};

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::sync::atomic::Ordering;
 
-use hypercall::{Hypervisor, Port, VcpuId};
+use hypercall::{DomId, Errno, Hypervisor, Port, VcpuId, Virq};
 
 use crate::bits::{EventBits, WORDS};
 use crate::channel::Channel;
@@ -27,10 +27,10 @@ impl<H: Hypervisor> Upcalls<H> {
         Self { hv: hv.clone(), bits, start: 0 }
     }
 
-    /// Wraps a port that was just bound; it may raise upcalls from now on.
+    /// What drivers bind their ports with.
     #[must_use]
-    pub fn adopt(&self, port: Port) -> Channel<H> {
-        Channel::new(self.hv.clone(), self.bits, port)
+    pub fn binder(&self) -> Binder<H> {
+        Binder { hv: self.hv.clone(), bits: self.bits }
     }
 
     /// Whether a scan would find anything. Ask before going to sleep: an event that Xen raises after that wakes the
@@ -85,6 +85,49 @@ impl<H: Hypervisor> Upcalls<H> {
             }
         }
         found
+    }
+}
+
+/// Binds ports whose events [`Upcalls::scan`] will hand out. Cheap to clone; each driver has its own.
+#[derive(Clone)]
+pub struct Binder<H: Hypervisor> {
+    hv: H,
+    bits: EventBits,
+}
+
+impl<H: Hypervisor> Binder<H> {
+    /// Joins the port that `remote` offers us.
+    ///
+    /// # Errors
+    /// As Xen answers: [`Errno::INVAL`] when it is not offered to us.
+    pub fn bind_interdomain(&self, remote: DomId, port: Port) -> Result<Channel<H>, Errno> {
+        self.hv.bind_interdomain(remote, port).map(|port| self.adopt(port))
+    }
+
+    /// A port of ours that `remote` may join.
+    ///
+    /// # Errors
+    /// As Xen answers.
+    pub fn alloc_unbound(&self, remote: DomId) -> Result<Channel<H>, Errno> {
+        self.hv.alloc_unbound(remote).map(|port| self.adopt(port))
+    }
+
+    /// A virtual interrupt line.
+    ///
+    /// # Errors
+    /// As Xen answers.
+    pub fn bind_virq(&self, virq: Virq, vcpu: VcpuId) -> Result<Channel<H>, Errno> {
+        self.hv.bind_virq(virq, vcpu).map(|port| self.adopt(port))
+    }
+
+    fn adopt(&self, port: Port) -> Channel<H> {
+        Channel::new(self.hv.clone(), self.bits, port)
+    }
+}
+
+impl<H: Hypervisor> fmt::Debug for Binder<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Binder").finish_non_exhaustive()
     }
 }
 
