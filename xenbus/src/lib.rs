@@ -1,11 +1,12 @@
 #![no_std]
 #![forbid(unsafe_code)]
-//! The Xen store: wire format, client, device states, the shared ring and a whole server.
+#![doc = include_str!("../README.md")]
 
 extern crate alloc;
 
 pub mod client;
 pub mod device;
+pub mod ring;
 #[cfg(feature = "server")]
 pub mod server;
 pub mod wire;
