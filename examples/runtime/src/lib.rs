@@ -1,2 +1,53 @@
 #![no_std]
-//! TODO
+#![doc = include_str!("../README.md")]
+// Where there is no port yet, nothing boots, and what boot uses is used by tests alone.
+#![cfg_attr(not(all(target_os = "none", target_arch = "aarch64")), allow(dead_code))]
+
+#[cfg(test)]
+extern crate std;
+
+#[cfg_attr(all(target_os = "none", target_arch = "aarch64"), path = "aarch64/mod.rs")]
+#[cfg_attr(not(all(target_os = "none", target_arch = "aarch64")), path = "absent.rs")]
+mod arch;
+mod clock;
+mod console;
+mod heap;
+mod machine;
+mod pages;
+mod ranges;
+mod tree;
+mod windows;
+
+pub use arch::{idle, now};
+pub use heap::{HeapStats, heap_stats};
+pub use machine::{Hv, Machine};
+pub use windows::WINDOWS;
+
+/// What the machine said of itself at boot.
+#[derive(Clone, Copy, Debug)]
+pub struct BootInfo {
+    /// The command line, from `/chosen/bootargs`; empty if there is none.
+    pub bootargs: &'static str,
+    /// Bytes of memory that this domain was given, the image and the device tree included.
+    pub memory: u64,
+}
+
+/// Names the function that an image runs once memory, clock, interrupts and console are up:
+/// `fn(Hv, BootInfo) -> !`. On a host, where the image cannot run, it becomes a program that says so.
+#[macro_export]
+macro_rules! entry {
+    ($main:path) => {
+        #[cfg(target_os = "none")]
+        #[unsafe(no_mangle)]
+        fn runtime_main(hv: $crate::Hv, boot: $crate::BootInfo) -> ! {
+            let main: fn($crate::Hv, $crate::BootInfo) -> ! = $main;
+            main(hv, boot)
+        }
+
+        #[cfg(not(target_os = "none"))]
+        fn main() {
+            let _: fn($crate::Hv, $crate::BootInfo) -> ! = $main;
+            std::eprintln!("an image for bare metal: build it for aarch64-unknown-none");
+        }
+    };
+}

@@ -1,0 +1,89 @@
+//! Interrupts, the clock, and sleep.
+//!
+//! Interrupts stay masked in the processor and are never taken: `WFI` wakes on one all the same, and the interrupt
+//! controller is asked what it was. So no handler runs between two instructions of anything else.
+
+use core::ptr::{NonNull, with_exposed_provenance_mut};
+use core::sync::atomic::{AtomicU8, Ordering};
+
+use aarch64_cpu::asm::{barrier, wfi};
+use aarch64_cpu::registers::{
+    CNTFRQ_EL0, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTVCT_EL0, Readable, Writeable,
+};
+use arm_gic::gicv3::registers::{Gicd, GicrSgi};
+use arm_gic::gicv3::{GicCpuInterface, GicV3};
+use arm_gic::{IntId, InterruptGroup, UniqueMmioPointer};
+use hypercall::arch::shared_info::UPCALL_PENDING;
+use hypercall::{Hypervisor, Instant};
+
+use crate::clock;
+use crate::machine::HV;
+use crate::tree::Gic;
+
+/// Nanoseconds since Xen created this domain: the virtual counter, which Xen starts at 0.
+#[must_use]
+pub fn now() -> Instant {
+    // Without the barrier the counter may be read before the instructions in front of it are done.
+    barrier::isb(barrier::SY);
+    clock::instant(CNTVCT_EL0.get(), CNTFRQ_EL0.get())
+}
+
+/// Turns on the two interrupts that can end a sleep. `None` if the controller will not have it.
+///
+/// # Safety
+/// The registers are mapped as device memory, and nothing else uses them.
+pub unsafe fn init(gic: &Gic, event_ppi: u32, timer_ppi: u32) -> Option<()> {
+    let at = |address: u64| with_exposed_provenance_mut::<u8>(address as usize);
+    let distributor = NonNull::new(at(gic.distributor.start))?.cast::<Gicd>();
+    let redistributor = NonNull::new(at(gic.redistributors.start))?.cast::<GicrSgi>();
+    CNTV_CTL_EL0.set(0);
+    // SAFETY: the caller's promise. The first redistributor is that of vCPU 0, the only one there is.
+    let mut gic = unsafe { GicV3::new(UniqueMmioPointer::new(distributor), redistributor, 1) }.ok()?;
+    gic.setup(0);
+    GicCpuInterface::set_priority_mask(0xff);
+    for ppi in [event_ppi, timer_ppi] {
+        gic.enable_interrupt(IntId::ppi(ppi), Some(0), true).ok()?;
+    }
+    Some(())
+}
+
+/// Sleeps until an event channel is pending or until the deadline, whichever comes first; without a deadline, until
+/// an event. Uses no processor time meanwhile.
+///
+/// "Pending" is `evtchn_upcall_pending` in the shared info page: clear it, then scan, then sleep. No event is missed:
+/// Xen sets the flag before it raises the interrupt. Interrupts that are acknowledged here were raised before the flag
+/// is looked at. One that is raised later stays pending until the next round, and `WFI` returns at once while one is,
+/// masked or not: Xen blocks the vCPU first and looks for pending interrupts afterwards
+/// (`vcpu_block_unless_event_pending`). The same holds for the timer.
+///
+/// `SCHEDOP_block` would not do: Xen unmasks the caller's interrupts in it.
+pub fn idle(until: Option<Instant>) {
+    loop {
+        acknowledge();
+        if upcall_pending() || until.is_some_and(|deadline| now() >= deadline) {
+            break;
+        }
+        if let Some(deadline) = until {
+            CNTV_CVAL_EL0.set(clock::ticks(deadline, CNTFRQ_EL0.get()));
+            // Each time anew: when the timer fires, Xen masks it (`vtimer_interrupt`).
+            CNTV_CTL_EL0.write(CNTV_CTL_EL0::ENABLE::SET);
+        }
+        barrier::dsb(barrier::SY);
+        wfi();
+    }
+}
+
+/// Takes note of all interrupts that are pending now. What they mean is looked up elsewhere: in the shared info page
+/// and on the clock.
+fn acknowledge() {
+    // First the timer, or its level would raise the interrupt again.
+    CNTV_CTL_EL0.set(0);
+    barrier::isb(barrier::SY);
+    while GicCpuInterface::handle_interrupt(InterruptGroup::Group1, |_| ()) {}
+}
+
+fn upcall_pending() -> bool {
+    // SAFETY: the shared info page is mapped for good; Xen and we access the flag as one byte.
+    let flag = unsafe { AtomicU8::from_ptr(HV.shared_info().add(UPCALL_PENDING).as_ptr()) };
+    flag.load(Ordering::Acquire) != 0
+}

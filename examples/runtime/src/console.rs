@@ -1,0 +1,86 @@
+//! Words for whoever reads Xen's console: the backend of `log`, and what is said of a crash.
+
+use core::fmt::{self, Write};
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+use crate::clock::NANOS;
+use crate::machine::HV;
+
+/// Gathers text, so that a line is one hypercall and other domains' output cannot fall into it. It is on the caller's
+/// stack: there is no lock to be stuck behind when something goes wrong while printing.
+pub struct Line {
+    text: [u8; 256],
+    length: usize,
+}
+
+impl Line {
+    pub const fn new() -> Self {
+        Self { text: [0; 256], length: 0 }
+    }
+
+    pub fn flush(&mut self) {
+        HV.console_write(self.text.get(..self.length).unwrap_or_default());
+        self.length = 0;
+    }
+}
+
+impl Write for Line {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for &byte in text.as_bytes() {
+            if let Some(place) = self.text.get_mut(self.length) {
+                *place = byte;
+                self.length += 1;
+            }
+            if byte == b'\n' || self.length == self.text.len() {
+                self.flush();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        if self.length != 0 {
+            self.flush();
+        }
+    }
+}
+
+struct Console;
+
+impl Log for Console {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let now = crate::now().0;
+        // Writing to a `Line` never fails, and there is nowhere to report what an argument's `Display` returned.
+        let _ = writeln!(
+            Line::new(),
+            "[{:>5}] {}.{:03} {}",
+            record.level(),
+            now / NANOS,
+            now % NANOS / 1_000_000,
+            record.args()
+        );
+    }
+
+    fn flush(&self) {}
+}
+
+/// Directs `log` here. The level is the program's to change.
+pub fn init() {
+    if log::set_logger(&Console).is_ok() {
+        log::set_max_level(LevelFilter::Info);
+    }
+}
+
+#[cfg(target_os = "none")]
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    let _ = writeln!(Line::new(), "[PANIC] {info}");
+    HV.shutdown(hypercall::Shutdown::Crash)
+}

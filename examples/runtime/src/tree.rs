@@ -1,0 +1,108 @@
+//! What the device tree says of this domain.
+
+use core::ops::Range;
+
+use flat_device_tree::Fdt;
+use flat_device_tree::node::FdtNode;
+
+use crate::ranges::Ranges;
+
+/// The tree. It is parsed anew for each question: there are few, all at boot.
+pub struct Tree<'a>(Fdt<'a>);
+
+/// `/hypervisor`, which Xen writes (misc/arm/device-tree/guest.txt).
+#[derive(Debug, PartialEq, Eq)]
+pub struct Hypervisor {
+    /// `reg[0]`: guest-physical space for the grant table. What follows, extended regions, is of no use here: on a
+    /// direct-mapped dom0 they cover machine memory of other domains.
+    pub grant_table: Range<u64>,
+    /// The private interrupt, counted from 0, that says an event channel is pending.
+    pub event_ppi: u32,
+}
+
+/// The interrupt controller's registers.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Gic {
+    /// The distributor's.
+    pub distributor: Range<u64>,
+    /// The redistributors', one after the other; the first is vCPU 0's.
+    pub redistributors: Range<u64>,
+}
+
+impl<'a> Tree<'a> {
+    /// `None` if this is not a device tree.
+    pub fn new(data: &'a [u8]) -> Option<Self> {
+        Fdt::new(data).ok().map(Self)
+    }
+
+    pub fn bootargs(&self) -> &'a str {
+        let chosen = self.0.find_node("/chosen");
+        chosen.and_then(|node| node.property("bootargs")?.as_str()).unwrap_or("")
+    }
+
+    /// This domain's memory. `None` if it is in too many pieces.
+    pub fn memory(&self) -> Option<Ranges> {
+        let mut memory = Ranges::default();
+        for node in self.0.all_nodes() {
+            let kind = node.property("device_type").and_then(|kind| kind.as_str());
+            if kind == Some("memory") {
+                registers(node).try_for_each(|range| memory.add(range))?;
+            }
+        }
+        Some(memory)
+    }
+
+    /// Memory that is not to be touched.
+    pub fn reserved(&self) -> impl Iterator<Item = Range<u64>> {
+        let listed = self.0.memory_reservations().map(|reserved| {
+            let start = reserved.address().addr() as u64;
+            start..start.saturating_add(reserved.size() as u64)
+        });
+        let nodes = self.0.find_node("/reserved-memory").into_iter().flat_map(FdtNode::children);
+        listed.chain(nodes.flat_map(registers))
+    }
+
+    pub fn hypervisor(&self) -> Option<Hypervisor> {
+        let node = self.0.find_node("/hypervisor")?;
+        Some(Hypervisor { grant_table: registers(node).next()?, event_ppi: ppi(node, 0)? })
+    }
+
+    pub fn gic(&self) -> Option<Gic> {
+        let mut parts = registers(self.0.find_compatible(&["arm,gic-v3"])?);
+        Some(Gic { distributor: parts.next()?, redistributors: parts.next()? })
+    }
+
+    /// The private interrupt, counted from 0, of the virtual timer: the third of the four in the node (secure,
+    /// non-secure, virtual, hypervisor).
+    pub fn timer_ppi(&self) -> Option<u32> {
+        ppi(self.0.find_compatible(&["arm,armv8-timer"])?, 2)
+    }
+
+    /// Whether anything in the tree is at these addresses, as far as it can be told without knowing every bus: all
+    /// that has registers, and all that buses pass on.
+    pub fn mentions(&self, range: &Range<u64>) -> bool {
+        let meets = |other: Range<u64>| other.start < range.end && range.start < other.end;
+        let extended = |node: &FdtNode<'_, '_>| node.name.starts_with("hypervisor");
+        self.0.all_nodes().filter(|node| !extended(node)).any(|node| {
+            let passed_on = node.ranges().map(|r| r.parent_bus_address as u64..(r.parent_bus_address + r.size) as u64);
+            registers(node).any(meets) || passed_on.into_iter().any(meets)
+        })
+    }
+}
+
+/// The node's `reg`, as addresses.
+fn registers<'a>(node: FdtNode<'_, 'a>) -> impl Iterator<Item = Range<u64>> + 'a {
+    node.reg().filter_map(|region| {
+        let start = region.starting_address.addr() as u64;
+        Some(start..start.saturating_add(region.size? as u64))
+    })
+}
+
+/// The node's interrupt of that index, if it is a private one: three cells each, kind (1 is private), number, flags.
+fn ppi(node: FdtNode<'_, '_>, index: usize) -> Option<u32> {
+    let value = node.property("interrupts")?.value;
+    let mut cells = value.chunks_exact(4).skip(index * 3).map(|cell| {
+        cell.iter().fold(0u32, |number, byte| number << 8 | u32::from(*byte))
+    });
+    (cells.next()? == 1).then(|| cells.next())?
+}
