@@ -497,3 +497,6 @@ pub fn valid_relative_path(path: &[u8]) -> bool {
 pub fn valid_special_path(path: &[u8]) -> bool {
     path.len() > 1 && path.starts_with(b"@") && path.len() <= REL_PATH_MAX && valid_chars(path)
 }
+
+#[cfg(test)]
+mod tests;
