@@ -1,2 +1,93 @@
-//! TODO
-fn main() {}
+//! `cargo lab`: real Xen in QEMU, with this project's dom0 and unmodified Linux guests.
+
+mod boot;
+mod console;
+mod cpio;
+mod elf;
+mod fdt;
+mod images;
+mod machine;
+mod packages;
+mod paths;
+mod qmp;
+mod run;
+mod scenario;
+mod ui;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use run::Tally;
+
+/// Real Xen in QEMU: this project's dom0 with unmodified Linux guests.
+#[derive(Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Get all that a run needs, whatever of it is missing
+    Setup,
+    /// Show the scenarios
+    List,
+    /// Start a scenario with its consoles on this terminal
+    Boot {
+        /// Its name, from `cargo lab list`
+        scenario: String,
+    },
+    /// Run one scenario, or without a name everything
+    Test {
+        /// Its name, from `cargo lab list`
+        scenario: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match act(&Arguments::parse().what) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn act(what: &What) -> Result<ExitCode> {
+    match what {
+        What::Setup => {
+            packages::qemu()?;
+            images::prepare(false)?;
+            println!("ready: everything is in {}", paths::shown(&paths::lab()));
+        }
+        What::List => {
+            for scenario in scenario::ALL {
+                println!("{:<20} {}", scenario.name, scenario.about);
+            }
+        }
+        What::Boot { scenario } => {
+            let scenario = scenario::find(scenario)?;
+            (scenario.boot)(scenario.name)?;
+        }
+        What::Test { scenario } => return test(scenario.as_deref()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn test(name: Option<&str>) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    let chosen: Vec<_> = match name {
+        Some(name) => vec![scenario::find(name)?],
+        None => scenario::ALL.iter().filter(|s| s.by_default).collect(),
+    };
+    for scenario in chosen {
+        println!("{}: {}", scenario.name, scenario.about);
+        tally += (scenario.test)(scenario.name)?;
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    Ok(if tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,298 @@
+//! The serial line of the machine: Xen's messages and every domain's console, told apart, kept in files, and typed into.
+//!
+//! Xen writes what guest N says as `(XEN) DOMN: ...`, its own messages as `(XEN) ...`, and dom0's as they come. Input goes
+//! to one domain at a time; Ctrl-a three times moves it on, and Xen says where to.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+/// Whose line it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Source {
+    /// A domain by number: 0, 1 or 2.
+    Dom(usize),
+    /// Xen itself.
+    Xen,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::Dom(0), Self::Dom(1), Self::Dom(2), Self::Xen];
+
+    /// The name of its log file.
+    pub fn log(self) -> String {
+        match self {
+            Self::Dom(n) => format!("dom{n}.log"),
+            Self::Xen => "xen.log".to_owned(),
+        }
+    }
+
+    fn index(self) -> usize {
+        match self {
+            Self::Dom(n) => n,
+            Self::Xen => 3,
+        }
+    }
+}
+
+/// A line and when it came.
+#[derive(Clone)]
+pub struct Line {
+    /// When its end was read.
+    pub at: Instant,
+    /// Without its end.
+    pub text: String,
+}
+
+#[derive(Default)]
+struct State {
+    lines: [Vec<Line>; 4],
+    focus: Option<Source>,
+    closed: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The serial line.
+pub struct Console {
+    shared: Arc<Shared>,
+    input: Mutex<Box<dyn Write + Send>>,
+}
+
+const SWITCH: &[u8] = b"\x01\x01\x01";
+const PREFIX: &str = "(XEN) ";
+/// A guest's console takes this many bytes before its driver has to have read some.
+const FIFO: usize = 28;
+
+impl Console {
+    /// Starts reading `output`; logs go to `dir`; `echo` repeats everything on standard output.
+    pub fn start(
+        mut output: impl Read + Send + 'static,
+        input: impl Write + Send + 'static,
+        dir: &Path,
+        echo: bool,
+    ) -> Result<Self> {
+        let create = |name: &str| {
+            File::create(dir.join(name)).with_context(|| format!("cannot write {name}"))
+        };
+        let mut raw = create("serial.log")?;
+        let mut logs =
+            Source::ALL.map(|s| create(&s.log())).into_iter().collect::<Result<Vec<_>>>()?;
+        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+        let writer = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            let mut splitter = Splitter::default();
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = output.read(&mut buffer) {
+                let bytes = buffer.get(..n).unwrap_or_default();
+                // A full disk shows as short logs; the run itself goes on.
+                let _ = raw.write_all(bytes);
+                if echo {
+                    let mut out = io::stdout();
+                    let _ = out.write_all(bytes).and_then(|()| out.flush());
+                }
+                let lines = splitter.feed(bytes);
+                if lines.is_empty() {
+                    continue;
+                }
+                let mut state = writer.lock();
+                let at = Instant::now();
+                for (source, text) in lines {
+                    if let Some(log) = logs.get_mut(source.index()) {
+                        let _ = writeln!(log, "{text}");
+                    }
+                    if source == Source::Xen
+                        && let Some(focus) = focus(&text)
+                    {
+                        state.focus = Some(focus);
+                    }
+                    if let Some(list) = state.lines.get_mut(source.index()) {
+                        list.push(Line { at, text });
+                    }
+                }
+                writer.changed.notify_all();
+            }
+            writer.lock().closed = true;
+            writer.changed.notify_all();
+        });
+        Ok(Self { shared, input: Mutex::new(Box::new(input)) })
+    }
+
+    /// How many lines have come from there: a place to look from.
+    pub fn mark(&self, source: Source) -> usize {
+        self.shared.lock().lines.get(source.index()).map_or(0, Vec::len)
+    }
+
+    /// The lines from there since a mark.
+    pub fn since(&self, source: Source, mark: usize) -> Vec<Line> {
+        let state = self.shared.lock();
+        state.lines.get(source.index()).and_then(|l| l.get(mark..)).unwrap_or_default().to_vec()
+    }
+
+    /// Waits for a line from there, at or after `mark`, of which `pick` makes something.
+    pub fn wait<T>(
+        &self,
+        source: Source,
+        mark: usize,
+        limit: Duration,
+        mut pick: impl FnMut(&Line) -> Option<T>,
+    ) -> Result<T> {
+        let mut at = mark;
+        let found = self.until(limit, |state| {
+            let lines = state.lines.get(source.index())?;
+            let found = lines.get(at..).unwrap_or_default().iter().find_map(&mut pick);
+            at = lines.len().max(at);
+            found
+        });
+        match found {
+            Some(found) => Ok(found),
+            None if self.closed() => bail!("QEMU ended"),
+            None => bail!("nothing within {} s", limit.as_secs_f32()),
+        }
+    }
+
+    fn until<T>(&self, limit: Duration, mut look: impl FnMut(&State) -> Option<T>) -> Option<T> {
+        let end = Instant::now() + limit;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(found) = look(&state) {
+                return Some(found);
+            }
+            let left = end.checked_duration_since(Instant::now())?;
+            if state.closed {
+                return None;
+            }
+            state = self
+                .shared
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Whether the serial line has ended.
+    pub fn closed(&self) -> bool {
+        self.shared.lock().closed
+    }
+
+    /// Writes to the serial line as it is.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
+        input.write_all(bytes).and_then(|()| input.flush()).context("QEMU takes no more input")
+    }
+
+    /// Moves the input on until it is there.
+    fn turn(&self, to: Source) -> Result<()> {
+        for _ in 0..8 {
+            if self.shared.lock().focus == Some(to) {
+                return Ok(());
+            }
+            let mark = self.mark(Source::Xen);
+            self.write(SWITCH)?;
+            self.wait(Source::Xen, mark, Duration::from_secs(5), |l| focus(&l.text))
+                .context("Xen does not switch its serial input")?;
+        }
+        bail!("Xen's serial input cannot be switched to {to:?}")
+    }
+
+    /// Types a line to a domain. Its FIFO is small: a long line goes in pieces, with time to read them.
+    /// The input then rests at dom0, since Xen does not mark the output of the guest that has it.
+    pub fn type_line(&self, domain: usize, line: &str) -> Result<()> {
+        self.turn(Source::Dom(domain))?;
+        for (i, piece) in format!("{line}\n").as_bytes().chunks(FIFO).enumerate() {
+            if i > 0 {
+                std::thread::sleep(Duration::from_millis(120));
+            }
+            self.write(piece)?;
+        }
+        self.turn(Source::Dom(0))
+    }
+}
+
+/// Where Xen says its input goes.
+fn focus(text: &str) -> Option<Source> {
+    let to = text.strip_prefix("*** Serial input to ")?.split(' ').next()?;
+    match to.strip_prefix("DOM") {
+        Some(number) => Some(Source::Dom(number.parse().ok()?)),
+        None => Some(Source::Xen),
+    }
+}
+
+/// Cuts the byte stream into lines and tells whose they are.
+#[derive(Default)]
+struct Splitter {
+    line: Vec<u8>,
+    /// What dom0 had written of a line when Xen wrote one of its own in between.
+    started: String,
+}
+
+impl Splitter {
+    fn feed(&mut self, bytes: &[u8]) -> Vec<(Source, String)> {
+        let mut lines = Vec::new();
+        for byte in bytes.iter().filter(|b| **b != b'\r') {
+            if *byte == b'\n' {
+                let line = std::mem::take(&mut self.line);
+                lines.extend(self.whole(&String::from_utf8_lossy(&line)));
+            } else {
+                self.line.push(*byte);
+            }
+        }
+        lines
+    }
+
+    fn whole(&mut self, line: &str) -> Option<(Source, String)> {
+        let Some((before, xen)) = line.split_once(PREFIX) else {
+            let text = std::mem::take(&mut self.started) + line;
+            return Some((Source::Dom(0), text));
+        };
+        self.started.push_str(before);
+        for n in 1..=2 {
+            if let Some(text) = xen.strip_prefix(&format!("DOM{n}: ")) {
+                return Some((Source::Dom(n), text.to_owned()));
+            }
+        }
+        Some((Source::Xen, xen.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_go_to_whom_they_belong() {
+        let mut splitter = Splitter::default();
+        let text = b"hel(XEN) DOM1: one\r\nlo\r\n(XEN) Freed 348kB\n(XEN) DOM2: (XEN) x\n";
+        let lines: Vec<_> = text.chunks(5).flat_map(|c| splitter.feed(c)).collect();
+        let expected = [
+            (Source::Dom(1), "one"),
+            (Source::Dom(0), "hello"),
+            (Source::Xen, "Freed 348kB"),
+            (Source::Dom(2), "(XEN) x"),
+        ];
+        assert_eq!(lines, expected.map(|(s, t)| (s, t.to_owned())));
+    }
+
+    #[test]
+    fn focus_is_read_from_what_xen_says() {
+        let says =
+            |to| format!("*** Serial input to {to} (type 'CTRL-a' three times to switch input)");
+        assert_eq!(focus(&says("DOM2")), Some(Source::Dom(2)));
+        assert_eq!(focus(&says("Xen")), Some(Source::Xen));
+        assert_eq!(focus("Serial input"), None);
+    }
+}

@@ -1,0 +1,268 @@
+//! Debian packages by name: downloaded and unpacked under `target/lab`, without touching the machine's own packages.
+//! Only QEMU, which runs on the machine itself, is installed, and only if it is missing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::paths;
+use crate::ui::Task;
+
+/// The packages of Xen and the guests (arm64).
+pub const GUEST: &[&str] = &[
+    "xen-hypervisor-4.17-arm64",
+    "busybox-static",
+    "libc6",
+    "iperf3",
+    "libiperf0",
+    "libsctp1",
+    "libssl3",
+    "xenstore-utils",
+    "libxenstore4",
+    "libxentoolcore1",
+    "iputils-ping",
+    "libcap2",
+    "libidn2-0",
+    "libunistring2",
+    "ethtool",
+    "libmnl0",
+    "perl-base",
+    "libcrypt1",
+];
+
+/// What Linux as dom0 needs beside them (arm64).
+pub const LINUX_DOM0: &[&str] = &[
+    "xen-utils-4.17",
+    "libxenmisc4.17",
+    "libxencall1",
+    "libxendevicemodel1",
+    "libxenevtchn1",
+    "libxenforeignmemory1",
+    "libxengnttab1",
+    "libxenhypfs1",
+    "libxentoollog1",
+    "libuuid1",
+    "libfdt1",
+    "libyajl2",
+    "zlib1g",
+];
+
+/// Debian's Rust with its source, for machines where rustup cannot install a target (the machine's own architecture).
+pub const RUST: &[&str] =
+    &["rustc-web", "rust-web-src", "libstd-rust-web-dev", "libstd-rust-web-1.", "libllvm"];
+
+/// A place to unpack packages of one architecture.
+pub struct Packages {
+    arch: String,
+    dir: PathBuf,
+}
+
+/// Runs a command to its end; a failure names it and shows the end of what it said.
+pub fn run(command: &mut Command) -> Result<Output> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let out = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {name}: is it installed?"))?;
+    if !out.status.success() {
+        let text = String::from_utf8_lossy(&out.stderr);
+        let lines: Vec<_> = text.lines().rev().take(6).collect();
+        let tail: Vec<_> = lines.into_iter().rev().collect();
+        bail!("{name} failed ({}):\n{}", out.status, tail.join("\n"));
+    }
+    Ok(out)
+}
+
+fn on_debian() -> bool {
+    Path::new("/etc/debian_version").exists() && paths::program("apt-get").is_some()
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.starts_with(b"0\n"))
+}
+
+/// Sees to it that QEMU for arm64 is on this machine.
+pub fn qemu() -> Result<PathBuf> {
+    if let Some(found) = paths::program("qemu-system-aarch64") {
+        return Ok(found);
+    }
+    ensure!(
+        on_debian() && is_root(),
+        "qemu-system-aarch64 is missing: install it (on Debian: apt-get install qemu-system-arm)"
+    );
+    let task = Task::new("installing qemu-system-arm");
+    run(Command::new("apt-get").args(["-q", "update"]))?;
+    run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args([
+        "-q",
+        "-y",
+        "--no-install-recommends",
+        "install",
+        "qemu-system-arm",
+    ]))?;
+    task.done("installed");
+    paths::program("qemu-system-aarch64").context("qemu-system-arm has no qemu-system-aarch64")
+}
+
+impl Packages {
+    /// The place for packages of Debian architecture `arch`: `target/lab/packages/ARCH`.
+    pub fn new(arch: &str) -> Result<Self> {
+        let dir = paths::directory(&format!("packages/{arch}"))?;
+        Ok(Self { arch: arch.to_owned(), dir })
+    }
+
+    /// The tree they are unpacked into.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    fn stamp(&self, name: &str) -> PathBuf {
+        self.dir.join("unpacked").join(name)
+    }
+
+    /// An apt command with lists and cache of its own, so that neither root nor a foreign architecture is needed.
+    fn apt(&self, tool: &str) -> Result<Command> {
+        let conf = self.dir.join("apt.conf");
+        let dir = self.dir.join("apt");
+        fs::create_dir_all(dir.join("state/lists/partial"))?;
+        fs::create_dir_all(dir.join("cache/archives/partial"))?;
+        fs::write(dir.join("state/status"), "")?;
+        let (arch, dir) = (&self.arch, dir.display());
+        fs::write(
+            &conf,
+            format!(
+                "Dir::State \"{dir}/state\";\nDir::State::status \"{dir}/state/status\";\nDir::Cache \"{dir}/cache\";\n\
+                 APT::Architecture \"{arch}\";\nAPT::Architectures \"{arch}\";\nAPT::Sandbox::User \"\";\n\
+                 Acquire::Languages \"none\";\nAcquire::Retries \"3\";\nAcquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n"
+            ),
+        )?;
+        let mut command = Command::new(tool);
+        command.env("APT_CONFIG", &conf);
+        Ok(command)
+    }
+
+    fn update(&self) -> Result<()> {
+        ensure!(
+            on_debian() && paths::program("dpkg-deb").is_some(),
+            "the lab's packages come from Debian: run it on Debian 12, or in a Debian 12 container"
+        );
+        let task = Task::new(format!("reading Debian's package lists for {}", self.arch));
+        // A list of some third party that fails does not matter; what matters shows at the download.
+        let _ = self.apt("apt-get")?.args(["-q", "update"]).output();
+        task.done("read");
+        Ok(())
+    }
+
+    /// Downloads and unpacks these packages, those that are not there yet.
+    pub fn fetch(&self, names: &[&str]) -> Result<()> {
+        let missing: Vec<_> = names.iter().copied().filter(|n| !self.stamp(n).exists()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.update()?;
+        let names = missing.iter().map(|n| self.resolve(n)).collect::<Result<Vec<_>>>()?;
+        self.download(&names)?;
+        let task = Task::new(format!("unpacking {} packages", names.len()));
+        fs::create_dir_all(self.dir.join("unpacked"))?;
+        let debs = files(&self.dir.join("debs"))?;
+        for (asked, name) in missing.iter().zip(&names) {
+            task.detail(name);
+            let start = format!("{name}_");
+            let deb = debs
+                .iter()
+                .filter(|f| f.file_name().is_some_and(|f| f.to_string_lossy().starts_with(&start)))
+                .max()
+                .with_context(|| format!("apt-get did not download {name}"))?;
+            run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(self.root()))?;
+            fs::write(self.stamp(asked), deb.display().to_string())?;
+        }
+        task.done("unpacked");
+        Ok(())
+    }
+
+    /// Downloads with a bar of bytes.
+    fn download(&self, names: &[String]) -> Result<()> {
+        let debs = self.dir.join("debs");
+        fs::create_dir_all(&debs)?;
+        let uris = run(self
+            .apt("apt-get")?
+            .current_dir(&debs)
+            .args(["-qq", "--print-uris", "download"])
+            .args(names))
+        .context("a package is not in this machine's Debian (the lab needs Debian 12, bookworm)")?;
+        let total = String::from_utf8_lossy(&uris.stdout)
+            .lines()
+            .filter_map(|l| l.split(' ').nth(2)?.parse::<u64>().ok())
+            .sum();
+        let before = size(&debs)?;
+        let task = Task::bytes(format!("downloading {} packages", names.len()), total);
+        let mut child = self
+            .apt("apt-get")?
+            .current_dir(&debs)
+            .args(["-qq", "download"])
+            .args(names)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        while child.try_wait()?.is_none() {
+            std::thread::sleep(Duration::from_millis(200));
+            task.at(size(&debs)?.saturating_sub(before));
+        }
+        let out = child.wait_with_output()?;
+        ensure!(
+            out.status.success(),
+            "downloading packages failed; run the command again.\n{}",
+            String::from_utf8_lossy(&out.stderr).trim()
+        );
+        task.done(&format!("{} MB", total / 1_000_000));
+        Ok(())
+    }
+
+    /// The full name of a package: a name that ends in "." or is a family ("libllvm") stands for its newest member that
+    /// the Rust compiler depends on.
+    fn resolve(&self, name: &str) -> Result<String> {
+        if !name.ends_with('.') && name != "libllvm" {
+            return Ok(name.to_owned());
+        }
+        let of = if name == "libllvm" { "rustc-web" } else { "libstd-rust-web-dev" };
+        self.depends(of, name)
+    }
+
+    /// The first dependency of `package` whose name starts with `start`.
+    fn depends(&self, package: &str, start: &str) -> Result<String> {
+        let out = run(self.apt("apt-cache")?.args(["depends", package]))?;
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        text.lines()
+            .filter_map(|l| l.trim().strip_prefix("Depends: "))
+            .find(|n| n.starts_with(start))
+            .map(|n| n.split(':').next().unwrap_or(n).to_owned())
+            .with_context(|| format!("{package} depends on no {start}... package"))
+    }
+
+    /// Downloads the newest kernel of this architecture and returns its version.
+    pub fn kernel(&self) -> Result<String> {
+        if !self.stamp("linux-image").exists() {
+            self.update()?;
+            let name = self
+                .depends(&format!("linux-image-{}", self.arch), "linux-image-")
+                .context("cannot find Debian's kernel package")?;
+            self.fetch(&[&name])?;
+            fs::write(self.stamp("linux-image"), name)?;
+        }
+        let name = fs::read_to_string(self.stamp("linux-image"))?;
+        Ok(name.trim_start_matches("linux-image-").to_owned())
+    }
+}
+
+fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let list = fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    Ok(list.into_iter().map(|e| e.path()).collect())
+}
+
+fn size(dir: &Path) -> Result<u64> {
+    // A file may be renamed between being listed and being looked at.
+    Ok(files(dir)?.iter().filter_map(|f| fs::metadata(f).ok()).map(|m| m.len()).sum())
+}

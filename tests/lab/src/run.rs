@@ -1,0 +1,236 @@
+//! One run of a scenario: its machine, the steps taken in its domains, the checks made and what was measured.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::console::{Line, Source};
+use crate::machine::{Machine, Plan};
+use crate::paths;
+
+/// How many checks passed and failed.
+#[derive(Default, Clone, Copy)]
+pub struct Tally {
+    /// Checks that held.
+    pub passed: usize,
+    /// Checks that did not, or could not be made.
+    pub failed: usize,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+/// A scenario being run.
+pub struct Run {
+    dir: PathBuf,
+    /// The machine.
+    pub machine: Machine,
+    started: Instant,
+    next_step: AtomicU32,
+    tally: Tally,
+    checks: Vec<Value>,
+    figures: BTreeMap<String, f64>,
+}
+
+/// A step that has been started in a domain.
+pub struct Step {
+    domain: usize,
+    id: u32,
+    mark: usize,
+    what: String,
+}
+
+/// What a step printed.
+pub struct Answer {
+    /// Its exit status, 0 if it went well.
+    pub status: i32,
+    /// Its output.
+    pub lines: Vec<String>,
+}
+
+impl Answer {
+    /// The value of a `NAME=VALUE` word of the output.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        self.lines
+            .iter()
+            .flat_map(|l| l.split_whitespace())
+            .find_map(|w| w.strip_prefix(name)?.strip_prefix('='))
+    }
+
+    /// The same as a number.
+    pub fn number(&self, name: &str) -> Result<f64> {
+        let text = self.value(name).with_context(|| format!("no {name} in \"{}\"", self.text()))?;
+        text.parse().with_context(|| format!("{name}={text} is no number"))
+    }
+
+    /// The output in one line.
+    pub fn text(&self) -> String {
+        self.lines.join("; ")
+    }
+}
+
+impl Run {
+    /// Starts the machine of a scenario; its files go to `target/lab/NAME`, replacing those of the run before.
+    pub fn start(name: &str, plan: &Plan<'_>) -> Result<Self> {
+        let dir = fresh(name)?;
+        let machine = Machine::start(plan, &dir, false)?;
+        Ok(Self {
+            dir,
+            machine,
+            started: Instant::now(),
+            next_step: AtomicU32::new(1),
+            tally: Tally::default(),
+            checks: Vec::new(),
+            figures: BTreeMap::new(),
+        })
+    }
+
+    /// Where this run's files are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// How long the machine has been running.
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Makes a check: one line, with what was measured or what went wrong and where to read about it.
+    /// Returns whether it held.
+    pub fn check(&mut self, name: &str, log: Source, made: Result<String>) -> bool {
+        let ok = made.is_ok();
+        let text = match made {
+            Ok(text) => text,
+            Err(error) => {
+                let file = paths::shown(&self.dir.join(log.log()));
+                format!("{error:#}\n         read {file}")
+            }
+        };
+        let seconds = self.age().as_secs();
+        println!("{} {seconds:>4} s  {name}: {text}", if ok { "ok  " } else { "FAIL" });
+        if ok {
+            self.tally.passed += 1;
+        } else {
+            self.tally.failed += 1;
+        }
+        self.checks.push(json!({ "check": name, "ok": ok, "measured": text, "at_s": seconds }));
+        ok
+    }
+
+    /// Notes a figure for results.json.
+    pub fn figure(&mut self, name: impl Into<String>, value: f64) {
+        self.figures.insert(name.into(), value);
+    }
+
+    /// Writes results.json and ends the machine.
+    pub fn finish(self, name: &str) -> Result<Tally> {
+        let results = json!({
+            "scenario": name,
+            "passed": self.tally.passed,
+            "failed": self.tally.failed,
+            "seconds": self.age().as_secs_f64(),
+            "figures": self.figures,
+            "checks": self.checks,
+        });
+        let text = serde_json::to_string_pretty(&results)?;
+        fs::write(self.dir.join("results.json"), text + "\n")?;
+        println!(
+            "{name}: {} passed, {} failed in {} s; logs and results are in {}",
+            self.tally.passed,
+            self.tally.failed,
+            self.age().as_secs(),
+            paths::shown(&self.dir)
+        );
+        Ok(self.tally)
+    }
+
+    /// Waits for a line of a domain or Xen, from the start of the run.
+    pub fn expect<T>(
+        &self,
+        source: Source,
+        seconds: u64,
+        what: &str,
+        pick: impl FnMut(&Line) -> Option<T>,
+    ) -> Result<T> {
+        self.machine
+            .console
+            .wait(source, 0, Duration::from_secs(seconds), pick)
+            .with_context(|| format!("waited for {what}"))
+    }
+
+    /// Starts a step in a domain. A line lost on the way is typed again; the agent takes each number once.
+    pub fn begin(&self, domain: usize, step: &str) -> Result<Step> {
+        let id = self.next_step.fetch_add(1, Ordering::Relaxed);
+        let source = Source::Dom(domain);
+        let mark = self.machine.console.mark(source);
+        let begun = format!("L {id} begin");
+        for _ in 0..4 {
+            self.machine.console.type_line(domain, &format!("@{id} {step}."))?;
+            let answer = self.machine.console.wait(source, mark, Duration::from_secs(4), |l| {
+                l.text.ends_with(&begun).then_some(())
+            });
+            if answer.is_ok() {
+                return Ok(Step { domain, id, mark, what: step.to_owned() });
+            }
+            ensure!(!self.machine.console.closed(), "QEMU ended (see qemu.log)");
+        }
+        bail!("dom{domain} does not take \"{step}\" from its console")
+    }
+
+    /// Waits for a step to end.
+    pub fn end(&self, step: Step, seconds: u64) -> Result<Answer> {
+        let Step { domain, id, mark, what } = step;
+        let prefix = format!("L {id} |");
+        let mut lines = Vec::new();
+        let status = self
+            .machine
+            .console
+            .wait(Source::Dom(domain), mark, Duration::from_secs(seconds), |line| {
+                let (_, text) = line.text.split_once(&prefix)?;
+                if let Some(status) = text.strip_prefix("rc=") {
+                    return status.parse::<i32>().ok();
+                }
+                lines.push(text.to_owned());
+                None
+            })
+            .with_context(|| format!("dom{domain}: \"{what}\" does not end"))?;
+        Ok(Answer { status, lines })
+    }
+
+    /// Takes a step and waits for its end, whatever its exit status.
+    pub fn step(&self, domain: usize, step: &str, seconds: u64) -> Result<Answer> {
+        let begun = self.begin(domain, step)?;
+        self.end(begun, seconds)
+    }
+
+    /// Takes a step that has to go well.
+    pub fn good(&self, domain: usize, step: &str, seconds: u64) -> Result<Answer> {
+        let answer = self.step(domain, step, seconds)?;
+        ensure!(
+            answer.status == 0,
+            "dom{domain}: \"{step}\" failed ({}): {}",
+            answer.status,
+            answer.text()
+        );
+        Ok(answer)
+    }
+}
+
+/// An empty directory for a run.
+pub fn fresh(name: &str) -> Result<PathBuf> {
+    let dir = paths::lab().join(name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot empty {}", dir.display()))?;
+    }
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}

@@ -1,0 +1,45 @@
+//! Linux as dom0 (Debian's kernel, xen-netback, a bridge) with the same guests: what ours is compared with.
+
+use anyhow::Result;
+
+use super::traffic;
+use crate::boot;
+use crate::console::Source;
+use crate::images::{self, Images};
+use crate::machine::Plan;
+use crate::run::{Run, Tally};
+
+fn plan<'a>(images: &'a Images, guest_arguments: &'a str) -> Plan<'a> {
+    Plan {
+        xen: &images.xen,
+        dom0: &images.linux,
+        dom0_initramfs: images.linux_dom0.as_deref(),
+        dom0_memory: "512M",
+        dom0_arguments: "console=hvc0 rdinit=/init quiet",
+        guest: &images.linux,
+        guest_initramfs: &images.guest,
+        guest_arguments,
+    }
+}
+
+pub fn boot(name: &'static str) -> Result<()> {
+    let images = images::prepare(true)?;
+    boot::interactive(name, &plan(&images, "lab=shell"))
+}
+
+pub fn test(name: &'static str) -> Result<Tally> {
+    let images = images::prepare(true)?;
+    let mut run = Run::start(name, &plan(&images, ""))?;
+    let made = run.expect(Source::Dom(0), 180, "dom0: ready", |l| {
+        l.text.contains("dom0: ready").then_some(l.text.clone())
+    });
+    let up = run.check("dom0 is up", Source::Dom(0), made);
+    if up && traffic::guests_ready(&mut run, 120) {
+        for domain in 1..=2 {
+            traffic::carrier(&mut run, domain);
+        }
+        traffic::all_pings(&mut run);
+        traffic::tcp_all(&mut run);
+    }
+    run.finish(name)
+}

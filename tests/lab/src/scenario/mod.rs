@@ -1,0 +1,38 @@
+//! The scenarios: what is started and what is checked.
+
+mod linux;
+mod traffic;
+
+use anyhow::{Context as _, Result};
+
+use crate::run::Tally;
+
+/// A scenario by name.
+pub struct Scenario {
+    /// Its name, as given to `cargo lab`.
+    pub name: &'static str,
+    /// What it is, in one line.
+    pub about: &'static str,
+    /// Whether `cargo lab test` without a name runs it.
+    pub by_default: bool,
+    /// Runs it and counts its checks.
+    pub test: fn(&'static str) -> Result<Tally>,
+    /// Starts it with the consoles on the terminal.
+    pub boot: fn(&'static str) -> Result<()>,
+}
+
+/// All of them.
+pub const ALL: &[Scenario] = &[Scenario {
+    name: "linux-dom0-aarch64",
+    about: "the same guests with Linux as dom0, for comparison (on demand)",
+    by_default: false,
+    test: linux::test,
+    boot: linux::boot,
+}];
+
+/// The scenario of a name.
+pub fn find(name: &str) -> Result<&'static Scenario> {
+    ALL.iter()
+        .find(|s| s.name == name)
+        .with_context(|| format!("no scenario {name}: `cargo lab list` shows them"))
+}

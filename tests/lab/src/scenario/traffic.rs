@@ -1,0 +1,160 @@
+//! Steps that make sense whatever dom0 is: pings, TCP, files.
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::console::Source;
+use crate::run::{Answer, Run};
+
+/// Checks that both guests' agents take steps.
+pub fn guests_ready(run: &mut Run, seconds: u64) -> bool {
+    (1..=2).all(|domain| {
+        let made = run
+            .expect(Source::Dom(domain), seconds, "the guest's agent", |l| {
+                l.text.contains("L 0 ready").then_some(())
+            })
+            .map(|()| "takes steps".to_owned());
+        run.check(&format!("guest {domain} is up"), Source::Dom(domain), made)
+    })
+}
+
+/// Checks that a guest sees carrier.
+pub fn carrier(run: &mut Run, domain: usize) {
+    let made = run.good(domain, "state", 20).and_then(|a| {
+        ensure!(a.value("carrier") == Some("1"), "no carrier: {}", a.text());
+        Ok(a.text())
+    });
+    run.check(&format!("guest {domain} sees carrier"), Source::Dom(domain), made);
+}
+
+/// Pings from guest 1; `to` is as the guest's `at` has it.
+pub fn pings(run: &mut Run, name: &str, to: &str, size: u32, count: u32) {
+    let made = ping(run, to, size, count);
+    if let Ok((_, average)) = made {
+        run.figure(format!("ping_{}_{size}_ms", to.replace(':', "_")), average);
+    }
+    run.check(name, Source::Dom(1), made.map(|(text, _)| text));
+}
+
+fn ping(run: &Run, to: &str, size: u32, count: u32) -> Result<(String, f64)> {
+    let answer = run.step(1, &format!("pings {to} {size} {count}"), 60)?;
+    let text = answer.text();
+    ensure!(text.contains(" 0% packet loss"), "{text}");
+    ensure!(text.contains(&format!("{count} received")), "{text}");
+    let times = answer.lines.iter().find_map(|l| l.split(" = ").nth(1)).context("no times")?;
+    let average: f64 = times.split('/').nth(1).context("no average")?.parse()?;
+    Ok((format!("{count} of {count}, {average:.1} ms on average"), average))
+}
+
+/// The rate that arrived, in Mbit/s, from what iperf3 said.
+fn rate(answer: &Answer) -> Result<f64> {
+    let line = answer
+        .lines
+        .iter()
+        .find(|l| l.contains("receiver"))
+        .with_context(|| format!("no rate: {}", answer.text()))?;
+    let words: Vec<_> = line.split_whitespace().collect();
+    let unit = words.iter().position(|w| *w == "Mbits/sec").context("no rate in Mbits/sec")?;
+    Ok(words.get(unit.saturating_sub(1)).context("no rate")?.parse()?)
+}
+
+/// iperf3 between the guests, both ways one after the other. `to` is guest 2 as `at` has it.
+pub fn tcp(run: &mut Run, what: &str, to: &str, seconds: u32) {
+    for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
+        let made = run
+            .good(1, &format!("tcp {to} {seconds}{flag}"), u64::from(seconds) + 30)
+            .and_then(|a| rate(&a));
+        if let Ok(rate) = made {
+            run.figure(
+                format!("tcp_{}_{}_mbit", what.replace(' ', "_"), way.replace(' ', "_")),
+                rate,
+            );
+        }
+        let made = made.and_then(|rate| {
+            ensure!(rate >= 1.0, "only {rate} Mbit/s arrive");
+            Ok(format!("{rate:.0} Mbit/s over {seconds} s"))
+        });
+        run.check(&format!("TCP {way}, {what}"), Source::Dom(1), made);
+    }
+}
+
+/// The 64 MiB file each way, with its SHA-256.
+pub fn files(run: &mut Run, what: &str) {
+    for (domain, from) in [(2, "4:11"), (1, "4:12")] {
+        let made = run.good(domain, &format!("file {from}"), 80).and_then(|a| {
+            let seconds = a.number("seconds")?.max(0.01);
+            let sum = a.value("got").unwrap_or_default().get(..12).unwrap_or_default();
+            Ok(format!("SHA-256 {sum}... on both sides, {:.0} Mbit/s", 64.0 * 8.389 / seconds))
+        });
+        let way = if domain == 2 { "1 to 2" } else { "2 to 1" };
+        run.check(&format!("64 MiB file {way}, {what}"), Source::Dom(domain), made);
+    }
+}
+
+/// Waits until the guests have made the files they serve.
+pub fn files_ready(run: &mut Run) {
+    for domain in 1..=2 {
+        let made = run.good(domain, "filesum", 90).and_then(|a| {
+            ensure!(a.number("size")? as u64 == 64 << 20, "odd size: {}", a.text());
+            Ok("64 MiB of random bytes".to_owned())
+        });
+        if made.is_err() {
+            run.check(&format!("guest {domain} has its file"), Source::Dom(domain), made);
+        }
+    }
+}
+
+/// TCP and files with everything as it is, then with ethtool's gso, sg and tx off one by one on both guests, then with
+/// two queues.
+pub fn tcp_all(run: &mut Run) {
+    files_ready(run);
+    tcp(run, "as negotiated", "4:12", 10);
+    files(run, "as negotiated");
+    for feature in ["gso", "sg", "tx"] {
+        let what = format!("{feature} off");
+        if switch(run, &what, &format!("feat {feature} off")) {
+            tcp(run, &what, "4:12", 10);
+            files(run, &what);
+        }
+        switch(run, &format!("{feature} back on"), "feat tx on sg on gso on tso on");
+    }
+    let mut both = true;
+    for domain in 1..=2 {
+        both &= queues(run, domain, 2);
+    }
+    if both {
+        tcp(run, "two queues", "4:12", 10);
+        files(run, "two queues");
+    }
+    for domain in 1..=2 {
+        queues(run, domain, 1);
+    }
+}
+
+/// Takes a step in both guests; only a failure is a check of its own.
+fn switch(run: &mut Run, what: &str, step: &str) -> bool {
+    (1..=2).all(|domain| match run.good(domain, step, 20) {
+        Ok(_) => true,
+        Err(error) => run.check(what, Source::Dom(domain), Err(error)),
+    })
+}
+
+/// Reloads a guest's driver with so many queues.
+fn queues(run: &mut Run, domain: usize, count: u32) -> bool {
+    let made = run.good(domain, &format!("renet {count}"), 60).and_then(|a| {
+        ensure!(a.number("queues")? as u32 == count, "{}", a.text());
+        Ok(a.text())
+    });
+    run.check(&format!("guest {domain} comes back with queues={count}"), Source::Dom(domain), made)
+}
+
+/// All pings: guest 1 to guest 2 and to dom0, both families, small and large.
+pub fn all_pings(run: &mut Run) {
+    for (host, whom) in [("12", "guest 2"), ("1", "dom0")] {
+        for family in ["4", "6"] {
+            for (size, count) in [(56, 200), (8000, 50)] {
+                let name = format!("ping {whom}, IPv{family}, {size} bytes");
+                pings(run, &name, &format!("{family}:{host}"), size, count);
+            }
+        }
+    }
+}
