@@ -97,7 +97,8 @@ pub struct StoreRing<M, E> {
 }
 
 impl<M: SharedMemory, E: sealed::End> StoreRing<M, E> {
-    /// Takes up a ring where its indices in the page are. They need not start at zero.
+    /// Takes up a ring where its indices in the page are. They need not start at zero. A client's end whose ring is not
+    /// connected ([`StoreRing::is_connected`]) waits, and attaches again: the indices mean nothing before that.
     pub fn attach(page: M) -> Self {
         let prod = page.load_u32(E::OUT.prod, Ordering::Relaxed);
         let cons = page.load_u32(E::IN.cons, Ordering::Relaxed);
