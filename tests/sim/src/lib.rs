@@ -1,1 +1,322 @@
-//! TODO
+#![doc = include_str!("../README.md")]
+
+mod domain;
+mod events;
+mod faults;
+mod grants;
+mod hv;
+mod ledger;
+mod memory;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hypercall::abi::{GrantEntryV1, hvm_param};
+use hypercall::{DomId, Gfn, GrantRef, Port, ShutdownReason, VcpuId, Virq};
+
+pub use domain::DomainConfig;
+pub use events::PortState;
+pub use faults::{Fault, FaultPlan, Hypercalls, Kind};
+pub use hv::SimHv;
+pub use ledger::{Item, Ledger, LedgerDiff};
+
+use domain::{Domain, Handle};
+use events::Bits;
+use memory::{Machine, Memory, Page};
+
+/// A machine that runs a simulated Xen, with its domains. Cheap to clone; all clones are the same machine.
+#[derive(Clone, Debug)]
+pub struct Sim(Arc<Shared>);
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    /// What a window shows at which nothing is mapped.
+    hole: Page,
+}
+
+/// Everything behind the machine's one lock.
+#[derive(Debug)]
+pub(crate) struct State {
+    machine: Machine,
+    domains: BTreeMap<DomId, Domain>,
+    next: u16,
+    violations: Vec<String>,
+}
+
+impl State {
+    /// Notes something that a domain did against the seam's contract.
+    fn violation(&mut self, who: DomId, what: fmt::Arguments<'_>) {
+        self.violations.push(format!("d{who} {what}"));
+    }
+
+    /// Removes a dying domain of which nobody has any page mapped any more.
+    fn bury(&mut self, id: DomId) {
+        let dying = self.domains.get(&id).is_some_and(|domain| domain.dying);
+        if dying && self.machine.in_use(id) == 0 {
+            self.domains.remove(&id);
+        }
+    }
+
+    fn privileged(&self) -> Vec<DomId> {
+        self.domains.iter().filter(|(_, domain)| domain.privileged).map(|(id, _)| *id).collect()
+    }
+
+    /// Tells those who look after domains that something happened to one.
+    fn tell_toolstacks(&self) -> Vec<Arc<Handle>> {
+        let to = self.privileged();
+        to.into_iter().flat_map(|id| self.raise_virq(id, Virq::DOM_EXC)).collect()
+    }
+
+    /// Ends a domain: its mappings, ports and memory go. What others have mapped of it stays until they unmap it.
+    fn destroy(&mut self, id: DomId) -> Option<Vec<Arc<Handle>>> {
+        let domain = self.domains.get_mut(&id)?;
+        if std::mem::replace(&mut domain.dying, true) {
+            return Some(Vec::new());
+        }
+        self.close_all(id);
+        self.drop_mappings(id);
+        self.drop_foreign(id);
+        if let Some(domain) = self.domains.get_mut(&id) {
+            domain.memory.relinquish();
+        }
+        let told = self.tell_toolstacks();
+        self.bury(id);
+        Some(told)
+    }
+
+    fn drop_foreign(&mut self, id: DomId) {
+        let Some(domain) = self.domains.get(&id) else { return };
+        let shown: Vec<_> = domain.memory.windows().collect();
+        for (at, shown) in shown {
+            let Some(shown) = shown else { continue };
+            if let Some(domain) = self.domains.get_mut(&id) {
+                domain.memory.hide(at);
+            }
+            self.machine.let_go(shown.mfn);
+            if let Some(owner) = self.machine.owner(shown.mfn) {
+                self.bury(owner);
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wake(handles: impl IntoIterator<Item = Arc<Handle>>) {
+    for handle in handles {
+        handle.wake();
+    }
+}
+
+impl Default for Sim {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Sim {
+    /// A machine without domains.
+    ///
+    /// # Panics
+    /// When the host has not a page of memory left.
+    #[must_use]
+    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
+    pub fn new() -> Self {
+        let mut machine = Machine::new();
+        let one = NonZeroUsize::MIN;
+        let (_, hole) = machine.allocate(DomId::SELF, one).expect("a page of memory");
+        let state = State { machine, domains: BTreeMap::new(), next: 0, violations: Vec::new() };
+        Self(Arc::new(Shared { state: Mutex::new(state), hole }))
+    }
+
+    /// Starts a domain, with the lowest id that no domain has had: 0 is the first.
+    ///
+    /// # Panics
+    /// When the host has no memory left.
+    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
+    pub fn create(&self, config: DomainConfig) -> SimHv {
+        let mut guard = self.0.lock();
+        let state = &mut *guard;
+        let id = DomId(state.next);
+        state.next += 1;
+        let one = NonZeroUsize::MIN;
+        let (_, page) = state.machine.allocate(id, one).expect("a page of memory");
+        let domain = Domain::new(id, config, Bits(page));
+        let handle = Arc::clone(&domain.handle);
+        state.domains.insert(id, domain);
+        if config.store_port {
+            let port = state.alloc_unbound(id, DomId(0)).map_or(0, |port| port.0);
+            if let Some(domain) = state.domains.get_mut(&id) {
+                domain.params.insert(hvm_param::STORE_EVTCHN, port.into());
+                domain.params.insert(hvm_param::STORE_PFN, Gfn::INVALID.0);
+            }
+        }
+        SimHv::new(Arc::clone(&self.0), handle)
+    }
+
+    /// Another handle of a domain that exists.
+    #[must_use]
+    pub fn handle(&self, id: DomId) -> Option<SimHv> {
+        let handle = self.domain(id, |domain| Arc::clone(&domain.handle))?;
+        Some(SimHv::new(Arc::clone(&self.0), handle))
+    }
+
+    fn domain<T>(&self, id: DomId, with: impl FnOnce(&Domain) -> T) -> Option<T> {
+        self.0.lock().domains.get(&id).map(with)
+    }
+
+    fn domain_mut<T>(&self, id: DomId, with: impl FnOnce(&mut Domain) -> T) -> Option<T> {
+        self.0.lock().domains.get_mut(&id).map(with)
+    }
+
+    /// Domains that exist, dying ones too: those last until nobody has a page of theirs mapped.
+    #[must_use]
+    pub fn domains(&self) -> Vec<DomId> {
+        self.0.lock().domains.keys().copied().collect()
+    }
+
+    /// Destroys a domain, as the toolstack does. `false` if there was none.
+    pub fn destroy(&self, id: DomId) -> bool {
+        let told = self.0.lock().destroy(id);
+        let existed = told.is_some();
+        wake(told.into_iter().flatten());
+        existed
+    }
+
+    /// A domain shuts itself down or crashes; it exists until it is destroyed.
+    pub fn shut_down(&self, id: DomId, reason: ShutdownReason) {
+        let told = {
+            let mut state = self.0.lock();
+            if let Some(domain) = state.domains.get_mut(&id) {
+                domain.shutdown = Some(reason);
+            }
+            state.tell_toolstacks()
+        };
+        wake(told);
+    }
+
+    /// What Xen advertises to a domain from now on. Nobody is told, as on real Xen.
+    pub fn set_features(&self, id: DomId, bits: u32) {
+        self.domain(id, |domain| domain.handle.set_features(bits));
+    }
+
+    /// Raises a virtual interrupt.
+    pub fn raise_virq(&self, id: DomId, virq: Virq) {
+        let woken = self.0.lock().raise_virq(id, virq);
+        wake(woken);
+    }
+
+    /// Has something of a domain go wrong.
+    pub fn inject(&self, id: DomId, plan: FaultPlan) {
+        self.domain_mut(id, |domain| domain.faults.plan(plan));
+    }
+
+    /// Drops what was planned to go wrong; answers how many plans were not used up.
+    pub fn clear_faults(&self, id: DomId) -> usize {
+        self.domain_mut(id, |domain| domain.faults.clear()).unwrap_or(0)
+    }
+
+    /// Plans that are not used up.
+    #[must_use]
+    pub fn faults_left(&self, id: DomId) -> usize {
+        self.domain(id, |domain| domain.faults.left()).unwrap_or(0)
+    }
+
+    /// What a domain has asked for so far; that of a domain which is gone too, while a handle of it lives, is in
+    /// [`SimHv::hypercalls`].
+    #[must_use]
+    pub fn hypercalls(&self, id: DomId) -> Option<Hypercalls> {
+        self.domain(id, |domain| domain.handle.tally.read())
+    }
+
+    /// Who holds what now.
+    #[must_use]
+    pub fn ledger(&self) -> Ledger {
+        Ledger::of(&self.0.lock())
+    }
+
+    /// What domains did so far against the contract of the seam: memory freed while mapped, windows used twice, and the
+    /// like. Empty in every test that is not about that.
+    #[must_use]
+    pub fn violations(&self) -> Vec<String> {
+        self.0.lock().violations.clone()
+    }
+
+    /// An entry of a domain's grant table as it is now.
+    #[must_use]
+    pub fn grant_entry(&self, id: DomId, gref: GrantRef) -> Option<GrantEntryV1> {
+        self.domain(id, |domain| domain.grants.entry(gref))?
+    }
+
+    /// Writes an entry of a domain's grant table as the domain itself could; `false` if the table has no such entry.
+    pub fn set_grant_entry(&self, id: DomId, gref: GrantRef, entry: GrantEntryV1) -> bool {
+        self.domain(id, |domain| domain.grants.set_entry(gref, entry)).unwrap_or(false)
+    }
+
+    /// How many mappings and copies use an entry at this moment.
+    #[must_use]
+    pub fn grant_users(&self, id: DomId, gref: GrantRef) -> u32 {
+        self.domain(id, |domain| domain.grants.pins(gref)).unwrap_or(0)
+    }
+
+    /// How many mappings of other domains' pages a domain may have.
+    pub fn set_maptrack_limit(&self, id: DomId, limit: u32) {
+        self.domain_mut(id, |domain| domain.grants.limit_maptrack(limit));
+    }
+
+    /// The highest port that a domain may have.
+    pub fn set_max_port(&self, id: DomId, max_port: u32) {
+        self.domain_mut(id, |domain| domain.events.max_port = max_port);
+    }
+
+    /// How many pages a domain may have.
+    pub fn set_page_limit(&self, id: DomId, limit: usize) {
+        self.domain_mut(id, |domain| domain.memory.limit = limit);
+    }
+
+    /// What a port is.
+    #[must_use]
+    pub fn port(&self, id: DomId, port: Port) -> PortState {
+        self.domain(id, |domain| domain.events.state(port)).unwrap_or_default()
+    }
+
+    /// A port's pending and mask bits.
+    #[must_use]
+    pub fn port_bits(&self, id: DomId, port: Port) -> Option<(bool, bool)> {
+        self.domain(id, |domain| {
+            let bits = domain.handle.bits;
+            (bits.is_pending(port), bits.is_masked(port))
+        })
+    }
+
+    /// Domains that have an upcall to take on their first virtual CPU: whom a single thread should run next.
+    #[must_use]
+    pub fn with_upcall(&self) -> Vec<DomId> {
+        let state = self.0.lock();
+        let has = |domain: &Domain| domain.handle.bits.upcall_pending(VcpuId(0));
+        state.domains.iter().filter(|(_, domain)| has(domain)).map(|(id, _)| *id).collect()
+    }
+
+    /// Reads a domain's memory; `false` if it has no such frame. Stops at the end of the page.
+    #[must_use]
+    pub fn read(&self, id: DomId, frame: Gfn, offset: usize, to: &mut [u8]) -> bool {
+        self.page(id, frame).map(|page| page.read(offset, to)).is_some()
+    }
+
+    /// Writes a domain's memory as the domain itself could; `false` if it has no such frame.
+    pub fn write(&self, id: DomId, frame: Gfn, offset: usize, from: &[u8]) -> bool {
+        self.page(id, frame).map(|page| page.write(offset, from)).is_some()
+    }
+
+    fn page(&self, id: DomId, frame: Gfn) -> Option<Page> {
+        let state = self.0.lock();
+        state.machine.page(state.domains.get(&id)?.memory.translate(frame)?)
+    }
+}

@@ -1,0 +1,176 @@
+//! A domain: how it is set up, and what is kept of it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hypercall::{DomId, ShutdownReason, VcpuId};
+
+use crate::Memory;
+use crate::events::{Bits, Events};
+use crate::faults::{Faults, Tally};
+use crate::grants::Grants;
+
+/// What a domain is like. Start from [`dom0`](Self::dom0) or [`guest`](Self::guest) and change what matters.
+#[derive(Clone, Copy, Debug)]
+pub struct DomainConfig {
+    /// It may use `Toolstack`.
+    pub privileged: bool,
+    /// Its frame numbers are machine frame numbers.
+    pub direct_mapped: bool,
+    /// What Xen advertises to it (XENFEAT bits, submap 0).
+    pub features: u32,
+    /// `GNTTABOP_cache_flush` exists.
+    pub cache_flush: bool,
+    /// Virtual CPUs it has.
+    pub vcpus: u32,
+    /// Pages it may have.
+    pub pages: usize,
+    /// Windows it has to map at.
+    pub windows: usize,
+    /// Frames its grant table may grow to.
+    pub grant_frames: u32,
+    /// Mappings of other domains' pages it may have.
+    pub maptrack: u32,
+    /// The highest event channel it may have.
+    pub max_port: u32,
+    /// Its first frame number, if it is not direct-mapped; by default far from those of other domains.
+    pub first_gfn: Option<u64>,
+    /// It has a port for domain 0's store, in `HVM_PARAM_STORE_EVTCHN`, from the start.
+    pub store_port: bool,
+}
+
+impl DomainConfig {
+    /// A domain 0 as on Arm: privileged, direct-mapped, and told so.
+    #[must_use]
+    pub const fn dom0() -> Self {
+        Self { privileged: true, direct_mapped: true, features: 0x2_6805, ..Self::guest() }
+    }
+
+    /// A guest as on Arm.
+    #[must_use]
+    pub const fn guest() -> Self {
+        Self {
+            privileged: false,
+            direct_mapped: false,
+            features: 0x1_6005,
+            cache_flush: true,
+            vcpus: 1,
+            pages: 1 << 16,
+            windows: 8192,
+            grant_frames: 64,
+            maptrack: 8192,
+            max_port: 4095,
+            first_gfn: None,
+            store_port: false,
+        }
+    }
+}
+
+type Callback = Arc<dyn Fn() + Send + Sync>;
+
+/// What a domain's own handles reach without the machine's lock.
+pub(crate) struct Handle {
+    pub(crate) id: DomId,
+    pub(crate) bits: Bits,
+    pub(crate) tally: Tally,
+    features: AtomicU32,
+    callback: Mutex<Option<Callback>>,
+    changed: Condvar,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Handle(d{})", self.id)
+    }
+}
+
+impl Handle {
+    fn callback(&self) -> MutexGuard<'_, Option<Callback>> {
+        self.callback.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn features(&self) -> u32 {
+        self.features.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_features(&self, bits: u32) {
+        self.features.store(bits, Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_callback(&self, callback: Option<Callback>) {
+        *self.callback() = callback;
+    }
+
+    /// An upcall has become pending: wakes who waits, and calls who wants to be called. Never under the machine's lock.
+    pub(crate) fn wake(&self) {
+        let callback = {
+            let callback = self.callback();
+            self.changed.notify_all();
+            callback.clone()
+        };
+        if let Some(callback) = callback {
+            callback();
+        }
+    }
+
+    /// Waits until an upcall is pending; `false` if none was in time.
+    pub(crate) fn wait(&self, vcpu: VcpuId, timeout: Duration) -> bool {
+        let end = Instant::now() + timeout;
+        let mut guard = self.callback();
+        while !self.bits.upcall_pending(vcpu) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            guard =
+                self.changed.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+/// All that Xen keeps of a domain.
+#[derive(Debug)]
+pub(crate) struct Domain {
+    pub(crate) handle: Arc<Handle>,
+    pub(crate) privileged: bool,
+    pub(crate) cache_flush: bool,
+    pub(crate) vcpus: u32,
+    pub(crate) dying: bool,
+    pub(crate) shutdown: Option<ShutdownReason>,
+    pub(crate) memory: Memory,
+    pub(crate) grants: Grants,
+    pub(crate) events: Events,
+    pub(crate) params: BTreeMap<u32, u64>,
+    pub(crate) faults: Faults,
+}
+
+impl Domain {
+    pub(crate) fn new(id: DomId, config: DomainConfig, bits: Bits) -> Self {
+        let first_gfn = config.first_gfn.unwrap_or(0x10_0123 + u64::from(id.0) * 0x2_0457);
+        let memory = Memory::new(id, config.direct_mapped, first_gfn, config.pages, config.windows);
+        Self {
+            handle: Arc::new(Handle {
+                id,
+                bits,
+                tally: Tally::default(),
+                features: AtomicU32::new(config.features),
+                callback: Mutex::new(None),
+                changed: Condvar::new(),
+            }),
+            privileged: config.privileged,
+            cache_flush: config.cache_flush,
+            vcpus: config.vcpus,
+            dying: false,
+            shutdown: None,
+            memory,
+            grants: Grants::new(config.grant_frames, config.maptrack),
+            events: Events::new(config.max_port),
+            params: BTreeMap::new(),
+            faults: Faults::default(),
+        }
+    }
+}

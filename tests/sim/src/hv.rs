@@ -1,0 +1,379 @@
+//! A domain's handle: `Hypervisor` and `Toolstack` on the simulated Xen.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+use hypercall::abi::{CacheFlush, GNTTAB_CACHE_CLEAN, GNTTAB_CACHE_INVAL};
+use hypercall::abi::{GrantCopy, GrantMap, GrantUnmap};
+use hypercall::{
+    BusAddr, DomId, DomainInfo, Errno, Gfn, GrantStatus, GrantTableSize, Hypervisor, PAGE_SIZE,
+    Port, Toolstack, VcpuId, Virq, Window,
+};
+
+use crate::domain::Handle;
+use crate::faults::{Fault, Hypercalls, Kind};
+use crate::memory::{Mfn, Shown, ShownBy};
+use crate::{Shared, State, wake};
+
+/// The simulated Xen as one domain sees it.
+#[derive(Clone)]
+pub struct SimHv {
+    shared: Arc<Shared>,
+    own: Arc<Handle>,
+}
+
+impl fmt::Debug for SimHv {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SimHv(d{})", self.own.id)
+    }
+}
+
+/// A call that Xen has begun to look at.
+struct Entered<'s> {
+    state: MutexGuard<'s, State>,
+    /// It fails after so many operations.
+    fails: Option<(usize, Errno)>,
+}
+
+impl SimHv {
+    pub(crate) fn new(shared: Arc<Shared>, own: Arc<Handle>) -> Self {
+        Self { shared, own }
+    }
+
+    /// Which domain this is.
+    #[must_use]
+    pub fn id(&self) -> DomId {
+        self.own.id
+    }
+
+    /// What the domain has asked for so far.
+    #[must_use]
+    pub fn hypercalls(&self) -> Hypercalls {
+        self.own.tally.read()
+    }
+
+    /// Sleeps until an upcall is pending on the first virtual CPU, as `SCHEDOP_block` does; `false` if none was in time.
+    #[must_use]
+    pub fn wait_for_upcall(&self, timeout: Duration) -> bool {
+        self.own.wait(VcpuId(0), timeout)
+    }
+
+    /// Has `callback` called whenever Xen makes an upcall pending, on the thread that caused it: the upcall vector. Not
+    /// called for what the domain raises itself.
+    pub fn on_upcall(&self, callback: impl Fn() + Send + Sync + 'static) {
+        self.own.set_callback(Some(Arc::new(callback)));
+    }
+
+    fn enter(&self, kind: Kind, ops: usize) -> Result<Entered<'_>, Errno> {
+        self.own.tally.call(kind, ops);
+        let mut state = self.shared.lock();
+        let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
+        // A domain that is gone makes no hypercalls; what its objects still try comes to nothing.
+        let domain = domain.ok_or(Errno::SRCH)?;
+        let fails = match domain.faults.call(kind) {
+            Some(Fault::Errno(errno)) => return Err(errno),
+            Some(Fault::Partial(done, errno)) => Some((done, errno)),
+            Some(Fault::Status(_) | Fault::Untouched) | None => None,
+        };
+        Ok(Entered { state, fails })
+    }
+
+    /// A call that is no batch.
+    fn single(&self, kind: Kind) -> Result<MutexGuard<'_, State>, Errno> {
+        let entered = self.enter(kind, 1)?;
+        match entered.fails {
+            None => Ok(entered.state),
+            Some((_, errno)) => Err(errno),
+        }
+    }
+
+    /// A call for toolstacks only.
+    fn privileged(&self, kind: Kind) -> Result<MutexGuard<'_, State>, Errno> {
+        let state = self.single(kind)?;
+        if state.domains.get(&self.own.id).is_some_and(|domain| domain.privileged) {
+            Ok(state)
+        } else {
+            Err(Errno::PERM)
+        }
+    }
+
+    /// A batch of operations, each of which `each` does and answers the status of, to be put where `status` says.
+    fn batch<T>(
+        &self,
+        kind: Kind,
+        ops: &mut [T],
+        mut each: impl FnMut(&mut State, &mut T) -> GrantStatus,
+        status: impl Fn(&mut T) -> &mut GrantStatus,
+    ) -> Result<(), Errno> {
+        let mut entered = self.enter(kind, ops.len())?;
+        let state = &mut *entered.state;
+        let looked_at = entered.fails.map_or(usize::MAX, |(done, _)| done);
+        for op in ops.iter_mut().take(looked_at) {
+            let own = state.domains.get_mut(&self.own.id);
+            let fault = own.and_then(|domain| domain.faults.op(kind));
+            *status(op) = match fault {
+                None => each(state, op),
+                Some(Fault::Status(injected)) => injected,
+                Some(_) => continue,
+            };
+        }
+        entered.fails.map_or(Ok(()), |(_, errno)| Err(errno))
+    }
+
+    fn violation(&self, what: fmt::Arguments<'_>) {
+        self.shared.lock().violation(self.own.id, what);
+    }
+}
+
+// SAFETY: pages come from the host's allocator, zeroed and aligned, and are handed out once until they are freed
+// (memory.rs); the p2m is kept beside it; windows are handed out once until released, from a range that no memory of the
+// domain is in. Pages are given back to the host only with the last handle, so every pointer stays valid while a handle
+// lives, and the machine itself accesses them by atomics alone.
+unsafe impl Hypervisor for SimHv {
+    fn features(&self, submap: u32) -> Result<u32, Errno> {
+        drop(self.single(Kind::Features)?);
+        if submap == 0 { Ok(self.own.features()) } else { Err(Errno::INVAL) }
+    }
+
+    fn notify(&self, port: Port) -> Result<(), Errno> {
+        let woken = self.single(Kind::Notify)?.notify(self.own.id, port)?;
+        wake(woken);
+        Ok(())
+    }
+
+    fn alloc_unbound(&self, remote: DomId) -> Result<Port, Errno> {
+        self.single(Kind::AllocUnbound)?.alloc_unbound(self.own.id, remote)
+    }
+
+    fn bind_interdomain(&self, remote: DomId, remote_port: Port) -> Result<Port, Errno> {
+        let bound =
+            self.single(Kind::BindInterdomain)?.bind_interdomain(self.own.id, remote, remote_port);
+        let (port, woken) = bound?;
+        wake(woken);
+        Ok(port)
+    }
+
+    fn bind_virq(&self, virq: Virq, vcpu: VcpuId) -> Result<Port, Errno> {
+        self.single(Kind::BindVirq)?.bind_virq(self.own.id, virq, vcpu)
+    }
+
+    fn unmask(&self, port: Port) -> Result<(), Errno> {
+        let woken = self.single(Kind::Unmask)?.unmask(self.own.id, port)?;
+        wake(woken);
+        Ok(())
+    }
+
+    fn close(&self, port: Port) -> Result<(), Errno> {
+        self.single(Kind::Close)?.close(self.own.id, port)
+    }
+
+    fn shared_info(&self) -> NonNull<u8> {
+        self.own.bits.0.base()
+    }
+
+    unsafe fn grant_copy(&self, ops: &mut [GrantCopy]) -> Result<(), Errno> {
+        let copy = |state: &mut State, op: &mut GrantCopy| {
+            let status = state.copy(self.own.id, op);
+            if status.is_ok() {
+                self.own.tally.copied(op.len);
+            }
+            status
+        };
+        self.batch(Kind::Copy, ops, copy, |op| &mut op.status)
+    }
+
+    unsafe fn grant_map(&self, ops: &mut [GrantMap]) -> Result<(), Errno> {
+        self.batch(Kind::Map, ops, |state, op| state.map(self.own.id, op), |op| &mut op.status)
+    }
+
+    unsafe fn grant_unmap(&self, ops: &mut [GrantUnmap]) -> Result<(), Errno> {
+        self.batch(Kind::Unmap, ops, |state, op| state.unmap(self.own.id, op), |op| &mut op.status)
+    }
+
+    fn cache_flush(&self, ops: &mut [CacheFlush]) -> Result<(), Errno> {
+        let entered = self.enter(Kind::CacheFlush, ops.len())?;
+        let state = &entered.state;
+        if !state.domains.get(&self.own.id).is_some_and(|domain| domain.cache_flush) {
+            return Err(Errno::NOSYS);
+        }
+        let looked_at = entered.fails.map_or(usize::MAX, |(done, _)| done);
+        for op in ops.iter().take(looked_at) {
+            let end = usize::from(op.offset) + usize::from(op.length);
+            let known = GNTTAB_CACHE_CLEAN | GNTTAB_CACHE_INVAL;
+            if usize::from(op.offset) >= PAGE_SIZE || end > PAGE_SIZE || op.op & !known != 0 {
+                return Err(Errno::INVAL);
+            }
+            if op.length == 0 || op.op == 0 {
+                continue;
+            }
+            let mfn = Mfn::of_bus(BusAddr(op.dev_bus_addr));
+            let owner = state.machine.owner(mfn).ok_or(Errno::INVAL)?;
+            if owner != self.own.id && !state.has_mapped(self.own.id, mfn) {
+                return Err(Errno::INVAL);
+            }
+        }
+        entered.fails.map_or(Ok(()), |(_, errno)| Err(errno))
+    }
+
+    fn grant_table_size(&self) -> Result<GrantTableSize, Errno> {
+        let state = self.single(Kind::TableSize)?;
+        state.domains.get(&self.own.id).map(|domain| domain.grants.size()).ok_or(Errno::SRCH)
+    }
+
+    fn grant_table_frame(&self, index: u32) -> Result<NonNull<u8>, Errno> {
+        let mut guard = self.single(Kind::TableFrame)?;
+        let state = &mut *guard;
+        let domain = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
+        domain.grants.frame(&mut state.machine, self.own.id, index).map(|page| page.base())
+    }
+
+    fn alloc_pages(&self, count: NonZeroUsize) -> Option<NonNull<u8>> {
+        let mut guard = self.single(Kind::AllocPages).ok()?;
+        let state = &mut *guard;
+        let domain = state.domains.get_mut(&self.own.id)?;
+        domain.memory.alloc(&mut state.machine, self.own.id, count)
+    }
+
+    unsafe fn free_pages(&self, pages: NonNull<u8>, count: NonZeroUsize) {
+        let freed = {
+            let mut guard = self.shared.lock();
+            let state = &mut *guard;
+            let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
+            let Some(domain) = domain else { return };
+            domain.memory.free(&state.machine, pages, count)
+        };
+        if let Err(what) = freed {
+            self.violation(format_args!("{what}"));
+        }
+    }
+
+    fn virt_to_gfn(&self, page: NonNull<u8>) -> Gfn {
+        let mut state = self.shared.lock();
+        let domain = state.domains.get(&self.own.id).filter(|domain| !domain.dying);
+        let Some(domain) = domain else { return Gfn::INVALID };
+        domain.memory.gfn_of(&state.machine, page).unwrap_or_else(|| {
+            state.violation(self.own.id, format_args!("asks for the frame of a page it has not"));
+            Gfn::INVALID
+        })
+    }
+
+    fn window(&self) -> Option<Window> {
+        let mut state = self.single(Kind::Window).ok()?;
+        state.domains.get_mut(&self.own.id)?.memory.take_window()
+    }
+
+    fn release_window(&self, window: Window) {
+        let released = {
+            let mut state = self.shared.lock();
+            let domain = state.domains.get_mut(&self.own.id);
+            domain.map_or(Ok(()), |domain| domain.memory.release_window(window.gfn()))
+        };
+        if let Err(what) = released {
+            self.violation(format_args!("{what}"));
+        }
+    }
+
+    fn mapped(&self, window: &Window) -> NonNull<u8> {
+        let mut state = self.shared.lock();
+        let Some(domain) = state.domains.get(&self.own.id) else { return self.shared.hole.base() };
+        let shown = domain.memory.shown(window.gfn());
+        match shown.and_then(|shown| state.machine.page(shown.mfn)) {
+            Some(page) => page.base(),
+            None => {
+                let gfn = window.gfn().0;
+                state.violation(self.own.id, format_args!("looks at {gfn:#x}, where nothing is"));
+                self.shared.hole.base()
+            }
+        }
+    }
+}
+
+// SAFETY: as above.
+unsafe impl Toolstack for SimHv {
+    fn domain_info(&self, domain: DomId) -> Result<DomainInfo, Errno> {
+        let state = self.privileged(Kind::DomainInfo)?;
+        let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
+        Ok(DomainInfo {
+            domain,
+            dying: found.dying,
+            shutdown: found.shutdown,
+            cpu_time: 0,
+            pages: found.memory.pages() as u64,
+            vcpus: found.vcpus,
+        })
+    }
+
+    fn destroy_domain(&self, domain: DomId) -> Result<(), Errno> {
+        let told = {
+            let mut state = self.privileged(Kind::DestroyDomain)?;
+            if domain == self.own.id {
+                return Err(Errno::INVAL);
+            }
+            state.destroy(domain).ok_or(Errno::SRCH)?
+        };
+        wake(told);
+        Ok(())
+    }
+
+    fn hvm_param(&self, domain: DomId, index: u32) -> Result<u64, Errno> {
+        let state = self.privileged(Kind::HvmParam)?;
+        let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
+        Ok(found.params.get(&index).copied().unwrap_or(0))
+    }
+
+    fn set_hvm_param(&self, domain: DomId, index: u32, value: u64) -> Result<(), Errno> {
+        let mut state = self.privileged(Kind::SetHvmParam)?;
+        let found = state.domains.get_mut(&domain).ok_or(Errno::SRCH)?;
+        if domain == self.own.id {
+            return Err(Errno::PERM);
+        }
+        found.params.insert(index, value);
+        Ok(())
+    }
+
+    fn populate(&self, domain: DomId, frame: Gfn) -> Result<(), Errno> {
+        let mut guard = self.privileged(Kind::Populate)?;
+        let state = &mut *guard;
+        let found = state.domains.get_mut(&domain).ok_or(Errno::SRCH)?;
+        if found.dying || !found.memory.populate(&mut state.machine, domain, frame) {
+            return Err(Errno::NOMEM);
+        }
+        Ok(())
+    }
+
+    unsafe fn map_foreign(&self, domain: DomId, frame: Gfn, window: &Window) -> Result<(), Errno> {
+        let mut state = self.privileged(Kind::MapForeign)?;
+        if domain == self.own.id {
+            return Err(Errno::PERM);
+        }
+        let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
+        let mfn = found.memory.translate(frame).ok_or(Errno::INVAL)?;
+        let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
+        if !own.memory.show(window.gfn(), Shown { mfn, by: ShownBy::Foreign(domain, frame) }) {
+            let at = window.gfn().0;
+            state.violation(
+                self.own.id,
+                format_args!("maps at gfn {at:#x}, which is no free window"),
+            );
+            return Err(Errno::INVAL);
+        }
+        state.machine.hold(mfn);
+        Ok(())
+    }
+
+    unsafe fn unmap_foreign(&self, window: &Window) -> Result<(), Errno> {
+        let mut state = self.privileged(Kind::UnmapForeign)?;
+        let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
+        let Some(Shown { mfn, by: ShownBy::Foreign(of, _) }) = own.memory.shown(window.gfn())
+        else {
+            return Err(Errno::NOENT);
+        };
+        own.memory.hide(window.gfn());
+        state.machine.let_go(mfn);
+        state.bury(of);
+        Ok(())
+    }
+}
