@@ -99,6 +99,12 @@ impl<H: Hypervisor> Frame<H> {
         self.pool.pages.get().saturating_mul(PAGE_SIZE)
     }
 
+    /// The first of its frames; the others follow.
+    #[must_use]
+    pub fn gfn(&self) -> Gfn {
+        self.page.gfn
+    }
+
     /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

@@ -243,23 +243,31 @@ impl<H: Hypervisor> fmt::Debug for Mapping<H> {
     }
 }
 
-impl<H: Hypervisor> SharedMemory for Mapping<H> {
-    fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
-        self.page.load_u32(offset, order)
-    }
-    fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
-        self.page.store_u32(offset, value, order);
-    }
-    fn fence(&self) {
-        self.page.fence();
-    }
-    fn read_bytes(&self, offset: usize, to: &mut [u8]) {
-        self.page.read_bytes(offset, to);
-    }
-    fn write_bytes(&self, offset: usize, from: &[u8]) {
-        self.page.write_bytes(offset, from);
-    }
+/// A holder of a page is the page, as far as access goes.
+macro_rules! shared_memory {
+    ($holder:ident, $bound:ident) => {
+        impl<H: $bound> SharedMemory for $holder<H> {
+            fn load_u32(&self, offset: usize, order: Ordering) -> u32 {
+                self.page.load_u32(offset, order)
+            }
+            fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
+                self.page.store_u32(offset, value, order);
+            }
+            fn fence(&self) {
+                self.page.fence();
+            }
+            fn read_bytes(&self, offset: usize, to: &mut [u8]) {
+                self.page.read_bytes(offset, to);
+            }
+            fn write_bytes(&self, offset: usize, from: &[u8]) {
+                self.page.write_bytes(offset, from);
+            }
+        }
+    };
 }
+
+shared_memory!(Mapping, Hypervisor);
+shared_memory!(ForeignPage, Toolstack);
 
 /// A frame of another domain's, mapped by right rather than by grant: how dom0 reaches a guest's store ring.
 pub struct ForeignPage<H: Toolstack> {

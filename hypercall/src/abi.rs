@@ -71,8 +71,12 @@ pub mod op {
     pub const HVM_GET_PARAM: u64 = 1;
     /// `XEN_DOMCTL_destroydomain` (domctl.h)
     pub const DOMCTL_DESTROY: u32 = 2;
+    /// `XEN_DOMCTL_max_mem`
+    pub const DOMCTL_MAX_MEM: u32 = 11;
     /// `XEN_DOMCTL_getdomaininfo`
     pub const DOMCTL_GETDOMAININFO: u32 = 5;
+    /// `XEN_DOMCTL_max_mem`
+    pub const DOMCTL_MAX_MEM: u32 = 11;
 }
 
 /// HVM parameters (hvm/params.h).
@@ -366,9 +370,11 @@ pub struct Domctl {
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 pub union DomctlPayload {
+    /// Of `XEN_DOMCTL_max_mem`: KiB that the domain may have.
+    pub max_mem: u64,
     /// Out, of `XEN_DOMCTL_getdomaininfo`.
     pub info: GetDomainInfo,
-    /// All of it.
+    /// All of it. The first word is the limit in KiB, in, of `XEN_DOMCTL_max_mem`.
     pub pad: [u64; 32],
 }
 

@@ -180,6 +180,8 @@ pub struct DomainInfo {
     pub cpu_time: u64,
     /// Pages it has.
     pub pages: u64,
+    /// Pages it may have.
+    pub max_pages: u64,
     /// Virtual CPUs it may have.
     pub vcpus: u32,
 }
@@ -251,6 +253,12 @@ pub unsafe trait Toolstack: Hypervisor {
     /// [`Errno::SRCH`] when there is no such domain.
     fn domain_info(&self, domain: DomId) -> Result<DomainInfo, Errno>;
 
+    /// Sets how many pages a domain may have (`XEN_DOMCTL_max_mem`).
+    ///
+    /// # Errors
+    /// As Xen answers.
+    fn set_max_pages(&self, domain: DomId, pages: u64) -> Result<(), Errno>;
+
     /// Ends a domain (`XEN_DOMCTL_destroydomain`).
     ///
     /// # Errors
@@ -269,10 +277,11 @@ pub unsafe trait Toolstack: Hypervisor {
     /// As Xen answers.
     fn set_hvm_param(&self, domain: DomId, index: u32, value: u64) -> Result<(), Errno>;
 
-    /// Gives a domain a page at `frame` (`XENMEM_populate_physmap`).
+    /// Gives a domain a page at `frame` (`XENMEM_populate_physmap`), beyond its limit if need be. What is in the page
+    /// is whatever was there: whoever shares it has to clear it.
     ///
     /// # Errors
-    /// [`Errno::NOMEM`] when the domain may not have more, or as Xen answers.
+    /// [`Errno::NOMEM`] when Xen has no memory left, or as Xen answers.
     fn populate(&self, domain: DomId, frame: Gfn) -> Result<(), Errno>;
 
     /// Shows a domain's frame at `window` (`XENMAPSPACE_gmfn_foreign`).

@@ -9,7 +9,7 @@ use crate::arch::hypercall5;
 use crate::hypervisor::{
     DomainInfo, GrantTableSize, Hypervisor, Shutdown, ShutdownReason, Toolstack, Window,
 };
-use crate::{DomId, Errno, Gfn, GrantStatus, Port, VcpuId, Virq};
+use crate::{DomId, Errno, Gfn, GrantStatus, PAGE_SIZE, Port, VcpuId, Virq};
 
 /// What the kernel that links this crate says of its own memory.
 ///
@@ -142,7 +142,7 @@ impl<P: Platform> Xen<P> {
             pad: [0; 3],
             u,
         };
-        // SAFETY: the structure is at least as large as Xen's, and the two commands of this file take no pointers.
+        // SAFETY: the structure is at least as large as Xen's, and the commands of this file take no pointers.
         unsafe { hypercall(call::DOMCTL, arg(&mut domctl), 0, 0)? };
         Ok(domctl)
     }
@@ -296,8 +296,16 @@ unsafe impl<P: Platform> Toolstack for Xen<P> {
                 .then(|| ShutdownReason::from(reason)),
             cpu_time: info.cpu_time,
             pages: info.tot_pages,
+            max_pages: info.max_pages,
             vcpus: info.max_vcpu_id.saturating_add(1),
         })
+    }
+
+    fn set_max_pages(&self, domain: DomId, pages: u64) -> Result<(), Errno> {
+        let max_mem = pages.checked_mul(PAGE_SIZE as u64 / 1024).ok_or(Errno::INVAL)?;
+        let mut u = abi::DomctlPayload { pad: [0; 32] };
+        u.max_mem = max_mem;
+        self.domctl(op::DOMCTL_MAX_MEM, domain, u).map(|_| ())
     }
 
     fn destroy_domain(&self, domain: DomId) -> Result<(), Errno> {
@@ -319,6 +327,20 @@ unsafe impl<P: Platform> Toolstack for Xen<P> {
     }
 
     fn populate(&self, domain: DomId, frame: Gfn) -> Result<(), Errno> {
+        // A domain is created with all the memory it may have.
+        let got =
+            self.domctl(op::DOMCTL_GETDOMAININFO, domain, abi::DomctlPayload { pad: [0; 32] })?;
+        // SAFETY: any bytes are a valid `GetDomainInfo`: it is integers only.
+        let info = unsafe { got.u.info };
+        if info.domain != domain {
+            return Err(Errno::SRCH);
+        }
+        let pages = info.tot_pages.saturating_add(1);
+        if pages > info.max_pages {
+            let mut pad = [0; 32];
+            pad[0] = pages.saturating_mul(PAGE_SIZE as u64 / 1024);
+            self.domctl(op::DOMCTL_MAX_MEM, domain, abi::DomctlPayload { pad })?;
+        }
         let mut frame = frame;
         let mut ask = abi::MemoryReservation {
             extent_start: &raw mut frame,
