@@ -71,8 +71,6 @@ pub mod op {
     pub const HVM_GET_PARAM: u64 = 1;
     /// `XEN_DOMCTL_destroydomain` (domctl.h)
     pub const DOMCTL_DESTROY: u32 = 2;
-    /// `XEN_DOMCTL_max_mem`
-    pub const DOMCTL_MAX_MEM: u32 = 11;
     /// `XEN_DOMCTL_getdomaininfo`
     pub const DOMCTL_GETDOMAININFO: u32 = 5;
     /// `XEN_DOMCTL_max_mem`
@@ -374,7 +372,7 @@ pub union DomctlPayload {
     pub max_mem: u64,
     /// Out, of `XEN_DOMCTL_getdomaininfo`.
     pub info: GetDomainInfo,
-    /// All of it. The first word is the limit in KiB, in, of `XEN_DOMCTL_max_mem`.
+    /// All of it.
     pub pad: [u64; 32],
 }
 

@@ -180,8 +180,6 @@ pub struct DomainInfo {
     pub cpu_time: u64,
     /// Pages it has.
     pub pages: u64,
-    /// Pages it may have.
-    pub max_pages: u64,
     /// Virtual CPUs it may have.
     pub vcpus: u32,
 }
@@ -252,12 +250,6 @@ pub unsafe trait Toolstack: Hypervisor {
     /// # Errors
     /// [`Errno::SRCH`] when there is no such domain.
     fn domain_info(&self, domain: DomId) -> Result<DomainInfo, Errno>;
-
-    /// Sets how many pages a domain may have (`XEN_DOMCTL_max_mem`).
-    ///
-    /// # Errors
-    /// As Xen answers.
-    fn set_max_pages(&self, domain: DomId, pages: u64) -> Result<(), Errno>;
 
     /// Ends a domain (`XEN_DOMCTL_destroydomain`).
     ///

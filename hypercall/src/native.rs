@@ -296,16 +296,8 @@ unsafe impl<P: Platform> Toolstack for Xen<P> {
                 .then(|| ShutdownReason::from(reason)),
             cpu_time: info.cpu_time,
             pages: info.tot_pages,
-            max_pages: info.max_pages,
             vcpus: info.max_vcpu_id.saturating_add(1),
         })
-    }
-
-    fn set_max_pages(&self, domain: DomId, pages: u64) -> Result<(), Errno> {
-        let max_mem = pages.checked_mul(PAGE_SIZE as u64 / 1024).ok_or(Errno::INVAL)?;
-        let mut u = abi::DomctlPayload { pad: [0; 32] };
-        u.max_mem = max_mem;
-        self.domctl(op::DOMCTL_MAX_MEM, domain, u).map(|_| ())
     }
 
     fn destroy_domain(&self, domain: DomId) -> Result<(), Errno> {
@@ -337,9 +329,9 @@ unsafe impl<P: Platform> Toolstack for Xen<P> {
         }
         let pages = info.tot_pages.saturating_add(1);
         if pages > info.max_pages {
-            let mut pad = [0; 32];
-            pad[0] = pages.saturating_mul(PAGE_SIZE as u64 / 1024);
-            self.domctl(op::DOMCTL_MAX_MEM, domain, abi::DomctlPayload { pad })?;
+            let mut limit = abi::DomctlPayload { pad: [0; 32] };
+            limit.max_mem = pages.saturating_mul(PAGE_SIZE as u64 / 1024);
+            self.domctl(op::DOMCTL_MAX_MEM, domain, limit)?;
         }
         let mut frame = frame;
         let mut ask = abi::MemoryReservation {
