@@ -17,8 +17,6 @@ use crate::wire::{self, Header, Kind, Message, PAYLOAD_MAX, Perm, TxId, XsError}
 
 type Reply = Result<Vec<u8>, XsError>;
 
-const DOMID_SELF: u16 = 0x7ff0;
-
 fn ok() -> Reply {
     Ok(b"OK\0".to_vec())
 }
@@ -150,7 +148,7 @@ impl Server {
             Kind::GetDomainPath => text(NodePath::home(only_domid(payload)?).as_str()),
             Kind::IsDomainIntroduced => {
                 let domid = only_domid(payload)?;
-                let known = domid.0 == DOMID_SELF || self.domains.contains_key(&domid);
+                let known = domid == DomId::SELF || self.domains.contains_key(&domid);
                 text(if known { "T" } else { "F" })
             }
             Kind::Resume => {
@@ -322,7 +320,7 @@ impl Server {
         let gfn = str::from_utf8(gfn).ok().and_then(|gfn| gfn.parse().ok());
         let gfn = gfn.ok_or(XsError::EINVAL)?;
         let port = wire::parse_u32(port).filter(|port| *port > 0).ok_or(XsError::EINVAL)?;
-        if domid.0 == 0 || domid.0 >= DOMID_SELF {
+        if domid.0 == 0 || domid.0 >= DomId::FIRST_RESERVED.0 {
             return Err(XsError::EINVAL);
         }
         let conn = self.introduce(domid);
