@@ -1,8 +1,25 @@
 #![no_std]
 #![forbid(unsafe_code)]
-//! TODO
+#![doc = include_str!("../README.md")]
 
 extern crate alloc;
 
+pub mod backend;
+pub mod counters;
+mod deliver;
+mod fault;
+mod negotiate;
+pub mod offload;
+pub mod packet;
+mod queue;
 pub mod rate;
+mod rx;
 pub mod switch;
+mod tx;
+mod vif;
+
+pub use backend::{Backend, Config, SwitchCounters, VifStatus};
+pub use fault::{Refusal, VifFault};
+pub use negotiate::{MAX_QUEUES, OFFERED};
+pub use packet::{Flow, Packet, PoolUse, Pools};
+pub use vif::{Notice, VifId};

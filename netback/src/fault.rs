@@ -1,0 +1,66 @@
+//! Why a vif is closed from our side, or never connected.
+
+use grant::{CopyError, MapError};
+use hypercall::Errno;
+use netif::ring::{Full, RingFault};
+use netif::tx::PeerFault;
+
+/// A vif cannot go on. It is closed; no other notices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VifFault {
+    /// The frontend broke the protocol.
+    #[error("frontend broke the protocol: {0}")]
+    Peer(#[from] PeerFault),
+    /// Xen refuses to copy.
+    #[error("grant copy refused: {0}")]
+    CopyRefused(Errno),
+    /// A response was pushed that nobody waits for: our own mistake.
+    #[error("own accounting of responses is wrong: {0}")]
+    Accounting(#[from] Full),
+    /// A copy was built that cannot be: our own mistake.
+    #[error("own accounting of copies is wrong: {0}")]
+    Copy(#[from] CopyError),
+}
+
+impl From<RingFault> for VifFault {
+    fn from(fault: RingFault) -> Self {
+        Self::Peer(fault.into())
+    }
+}
+
+/// What the frontend asked for cannot be had. All or nothing: no ring or port stays bound.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// A key that must be there is not.
+    #[error("key {0} is missing")]
+    Missing(&'static str),
+    /// A value that is not a decimal number of 32 bits, or not in range.
+    #[error("key {0} has a bad value")]
+    BadValue(&'static str),
+    /// A ring could not be mapped.
+    #[error("cannot map {key}: {error}")]
+    Map {
+        /// Which.
+        key: &'static str,
+        /// Why.
+        error: MapError,
+    },
+    /// A ring that was mapped holds nonsense.
+    #[error("{key}: {fault}")]
+    Ring {
+        /// Which.
+        key: &'static str,
+        /// Why.
+        fault: RingFault,
+    },
+    /// A port could not be bound.
+    #[error("cannot bind {key}: {error}")]
+    Bind {
+        /// Which.
+        key: &'static str,
+        /// Why.
+        error: Errno,
+    },
+}

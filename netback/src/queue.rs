@@ -1,0 +1,242 @@
+//! A queue: both rings and their event channels. Each is independent of all others.
+
+use alloc::vec::Vec;
+
+use evtchn::{Binder, Channel, Eoi, Work};
+use grant::{MapRequest, Mapper, Mapping};
+use hypercall::{DomId, GrantRef, Hypervisor, Instant, Port};
+use netif::keys;
+use netif::ring::{Notify, RxBackRing, TxBackRing};
+
+use crate::counters::Counters;
+use crate::fault::{Refusal, VifFault};
+use crate::negotiate::{Ports, QueueRequest};
+use crate::packet::{Flow, Packet, Pools};
+use crate::rate::{Credit, RateLimit};
+use crate::rx::RxQueue;
+use crate::tx::{TxQueue, TxWait};
+
+enum Channels<H: Hypervisor> {
+    Shared(Channel<H>),
+    Split { tx: Channel<H>, rx: Channel<H> },
+}
+
+/// Events that were handed out and whose channel is still masked.
+#[derive(Clone, Copy, Default)]
+struct Events {
+    tx: bool,
+    rx: bool,
+}
+
+pub(crate) struct Queue<H: Hypervisor> {
+    tx: TxQueue<H>,
+    rx: RxQueue<H>,
+    channels: Channels<H>,
+    events: Events,
+    /// Whether packets were carried since the events came.
+    worked: Events,
+    /// There may be requests to take.
+    tx_ready: bool,
+    /// When to look again though nobody notified.
+    again: Option<Instant>,
+}
+
+/// What connecting a queue takes.
+pub(crate) struct Connector<'a, H: Hypervisor> {
+    pub(crate) mapper: &'a Mapper<H>,
+    pub(crate) binder: &'a Binder<H>,
+    pub(crate) domain: DomId,
+    pub(crate) rate: RateLimit,
+    pub(crate) now: Instant,
+}
+
+impl<H: Hypervisor> Connector<'_, H> {
+    fn map(&self, gref: GrantRef, key: &'static str) -> Result<Mapping<H>, Refusal> {
+        let request = MapRequest { domain: self.domain, gref, read_only: false };
+        self.mapper.map(request).map_err(|error| Refusal::Map { key, error })
+    }
+
+    fn bind(&self, port: Port, key: &'static str) -> Result<Channel<H>, Refusal> {
+        let bound = self.binder.bind_interdomain(self.domain, port);
+        bound.map_err(|error| Refusal::Bind { key, error })
+    }
+
+    /// Maps the rings and binds the ports; what was done is undone where the rest fails.
+    pub(crate) fn connect(&self, flow: Flow, request: &QueueRequest) -> Result<Queue<H>, Refusal> {
+        let ring_fault = |key, fault| Refusal::Ring { key, fault };
+        let tx = TxBackRing::attach(self.map(request.tx_ring, keys::TX_RING_REF)?)
+            .map_err(|(fault, _)| ring_fault(keys::TX_RING_REF, fault))?;
+        let rx = RxBackRing::attach(self.map(request.rx_ring, keys::RX_RING_REF)?)
+            .map_err(|(fault, _)| ring_fault(keys::RX_RING_REF, fault))?;
+        let channels = match request.ports {
+            Ports::Shared(port) => Channels::Shared(self.bind(port, keys::EVENT_CHANNEL)?),
+            Ports::Split { tx, rx } => Channels::Split {
+                tx: self.bind(tx, keys::EVENT_CHANNEL_TX)?,
+                rx: self.bind(rx, keys::EVENT_CHANNEL_RX)?,
+            },
+        };
+        Ok(Queue {
+            tx: TxQueue::new(self.domain, flow, tx, Credit::new(self.rate, self.now)),
+            rx: RxQueue::new(self.domain, rx),
+            channels,
+            events: Events::default(),
+            worked: Events::default(),
+            // The frontend may have sent before we came, and does not say so again.
+            tx_ready: true,
+            again: None,
+        })
+    }
+}
+
+impl<H: Hypervisor> Queue<H> {
+    pub(crate) fn ports(&self) -> impl Iterator<Item = Port> {
+        let (first, second) = match &self.channels {
+            Channels::Shared(both) => (both, None),
+            Channels::Split { tx, rx } => (tx, Some(rx)),
+        };
+        [Some(first), second].into_iter().flatten().map(Channel::port)
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        Counters {
+            tx: self.tx.counters,
+            rx: self.rx.counters,
+            tx_drops: self.tx.drops,
+            rx_drops: self.rx.drops,
+        }
+    }
+
+    /// An event came on one of its ports.
+    pub(crate) fn on_event(&mut self, port: Port) {
+        match &self.channels {
+            Channels::Shared(_) => self.events = Events { tx: true, rx: true },
+            Channels::Split { tx, .. } if tx.port() == port => self.events.tx = true,
+            Channels::Split { .. } => self.events.rx = true,
+        }
+        self.tx_ready |= self.events.tx;
+    }
+
+    /// Looks at the ring though nobody notified: a notification may have been lost, or a wait is over.
+    pub(crate) fn look(&mut self) {
+        self.tx_ready = true;
+    }
+
+    /// Whether [`poll_tx`](Self::poll_tx) has something to do.
+    pub(crate) fn has_tx(&self) -> bool {
+        self.tx_ready
+    }
+
+    /// Whether [`poll_rx`](Self::poll_rx) may have something to do.
+    pub(crate) fn has_rx(&self) -> bool {
+        self.rx.is_waiting()
+    }
+
+    /// Takes packets from the guest.
+    pub(crate) fn poll_tx(
+        &mut self,
+        hv: &H,
+        pools: &Pools<H>,
+        now: Instant,
+        budget: usize,
+        out: &mut Vec<Packet<H>>,
+    ) -> Result<(), VifFault> {
+        let before = out.len();
+        let (wait, notify) = self.tx.poll(hv, pools, now, budget, out)?;
+        self.worked.tx |= out.len() > before;
+        self.again = None;
+        match wait {
+            TxWait::Guest => self.tx_ready = false,
+            TxWait::Until(until) => {
+                self.tx_ready = false;
+                self.again = Some(until);
+            }
+            TxWait::Budget | TxWait::Buffers => {}
+        }
+        self.notify_tx(notify);
+        Ok(())
+    }
+
+    pub(crate) fn enqueue(&mut self, packet: Packet<H>) {
+        self.rx.enqueue(packet);
+    }
+
+    /// Gives packets to the guest.
+    pub(crate) fn poll_rx(&mut self, hv: &H, now: Instant) -> Result<(), VifFault> {
+        let before = self.rx.counters.packets;
+        let notify = self.rx.poll(hv, now)?;
+        self.worked.rx |= self.rx.counters.packets != before;
+        if notify == Notify::Needed {
+            self.rx.counters.notifications += 1;
+            let channel = match &self.channels {
+                Channels::Shared(channel) | Channels::Split { rx: channel, .. } => channel,
+            };
+            // A peer whose end is gone is seen by its state in the store.
+            let _ = channel.notify();
+        }
+        Ok(())
+    }
+
+    fn notify_tx(&mut self, notify: Notify) {
+        if notify == Notify::Needed {
+            self.tx.counters.notifications += 1;
+            let channel = match &self.channels {
+                Channels::Shared(channel) | Channels::Split { tx: channel, .. } => channel,
+            };
+            let _ = channel.notify();
+        }
+    }
+
+    /// Ends the events whose work is done, and opens the channels that were throttled long enough.
+    pub(crate) fn end_events(&mut self, now: Instant) {
+        let Self { channels, events, worked, tx, rx, .. } = self;
+        let work = |worked| if worked { Work::Done } else { Work::Spurious };
+        let settle = |channel: &mut Channel<H>, event: bool, worked: bool, spurious: &mut u64| {
+            if event {
+                *spurious += u64::from(!worked);
+                // Throttled channels are opened below, when their time comes.
+                let (Eoi::Open | Eoi::Throttled(_)) = channel.eoi(work(worked), now);
+            } else {
+                channel.open_if_due(now);
+            }
+        };
+        let tx_done = events.tx && !self.tx_ready && self.again.is_none();
+        match channels {
+            Channels::Shared(both) => {
+                settle(both, tx_done, worked.tx || worked.rx, &mut tx.counters.spurious);
+                if tx_done {
+                    (*events, *worked) = (Events::default(), Events::default());
+                }
+            }
+            Channels::Split { tx: tx_channel, rx: rx_channel } => {
+                settle(tx_channel, tx_done, worked.tx, &mut tx.counters.spurious);
+                settle(rx_channel, events.rx, worked.rx, &mut rx.counters.spurious);
+                if tx_done {
+                    (events.tx, worked.tx) = (false, false);
+                }
+                (events.rx, worked.rx) = (false, false);
+            }
+        }
+    }
+
+    /// When this queue wants to be polled though no event comes.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let channels = match &self.channels {
+            Channels::Shared(both) => [both.throttled_until(), None],
+            Channels::Split { tx, rx } => [tx.throttled_until(), rx.throttled_until()],
+        };
+        channels.into_iter().chain([self.again, self.rx.expiry()]).flatten().min()
+    }
+
+    /// Takes up a wait that is over.
+    pub(crate) fn wake_if_due(&mut self, now: Instant) {
+        if self.again.is_some_and(|at| at <= now) {
+            self.again = None;
+            self.tx_ready = true;
+        }
+    }
+
+    /// Lets go of ports and rings; what was not delivered is dropped.
+    pub(crate) fn disconnect(self) -> [Mapping<H>; 2] {
+        [self.tx.into_mapping(), self.rx.into_mapping()]
+    }
+}

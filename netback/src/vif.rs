@@ -1,0 +1,432 @@
+//! The life of one vif: from the toolstack's nodes through the handshake to packets, and back.
+//!
+//! Driven by the store alone: every change of a node it looks at ends in a look at all of them, so that a storm of
+//! changes costs one look, and what to do follows from the states as they are and not from the order of events.
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+
+use evtchn::Binder;
+use grant::Mapper;
+use hypercall::{DomId, Handle, Hypervisor, Instant};
+use netif::keys::{self, Features};
+use xenbus::client::{Change, Client, Error, JobId, Outcome, WatchId};
+use xenbus::device::backend::{on_fault, on_frontend};
+use xenbus::device::{Action, State, parse_u32};
+
+use crate::counters::Counters;
+use crate::fault::{Refusal, VifFault};
+use crate::negotiate;
+use crate::packet::Flow;
+use crate::queue::{Connector, Queue};
+use crate::rate::RateLimit;
+use crate::switch::MacAddr;
+
+/// Nanoseconds that a frontend which broke the protocol waits before it may connect again; doubled each time.
+const FIRST_PENALTY: u64 = 100_000_000;
+/// Doublings of [`FIRST_PENALTY`] at most: about half a minute.
+const MAX_DOUBLINGS: u32 = 8;
+
+/// Names a vif: the guest's domain, and its interface's number there.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VifId {
+    /// The frontend's domain.
+    pub domain: DomId,
+    /// Which of its interfaces.
+    pub handle: Handle,
+}
+
+impl fmt::Display for VifId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vif{}.{}", self.domain, self.handle)
+    }
+}
+
+/// Something that whoever runs the backend may want to know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Notice {
+    /// The vif is offered to its frontend. It does not connect before the toolstack has put it where it belongs and
+    /// written `hotplug-status`.
+    Offered(VifId),
+    /// Packets can flow.
+    Connected {
+        /// Which vif.
+        vif: VifId,
+        /// With how many queues.
+        queues: usize,
+        /// With what both ends can do.
+        features: Features,
+    },
+    /// Packets no longer flow; rings and ports are released.
+    Disconnected(VifId),
+    /// The frontend broke the protocol, and is closed.
+    Faulted(VifId, VifFault),
+    /// What the frontend asked for cannot be had.
+    Refused(VifId, Refusal),
+    /// The vif is gone.
+    Removed(VifId),
+}
+
+/// The job that the vif waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Idle,
+    Probe(JobId),
+    Offer(JobId),
+    Look(JobId),
+    Read(JobId),
+    Write(JobId),
+}
+
+pub(crate) struct Vif<H: Hypervisor> {
+    pub(crate) id: VifId,
+    dir: String,
+    frontend: String,
+    watch: Option<WatchId>,
+    own: State,
+    step: Step,
+    /// Something changed since the last look began.
+    dirty: bool,
+    pub(crate) mac: Option<MacAddr>,
+    rate: RateLimit,
+    max_queues: u16,
+    pub(crate) queues: Vec<Queue<H>>,
+    pub(crate) features: Features,
+    /// Of connections that have ended, and of packets that reached none of its queues.
+    pub(crate) ended: Counters,
+    faults: u32,
+    not_before: Option<Instant>,
+    pub(crate) gone: bool,
+}
+
+/// What a vif needs of the backend around it while it handles an event.
+pub(crate) struct Around<'a, H: Hypervisor> {
+    pub(crate) client: &'a mut Client,
+    pub(crate) mapper: &'a Mapper<H>,
+    pub(crate) binder: &'a Binder<H>,
+    pub(crate) notices: &'a mut Vec<Notice>,
+    pub(crate) now: Instant,
+}
+
+/// The nodes of our own directory that [`Vif::probed`] reads.
+const PROBE: [&str; 5] = ["state", "frontend", "frontend-id", keys::MAC, "rate"];
+
+impl<H: Hypervisor> Vif<H> {
+    /// A vif whose directory `dir` has just been seen.
+    pub(crate) fn new(id: VifId, dir: String, max_queues: u16, client: &mut Client) -> Self {
+        let probe = client.read_many(PROBE.map(|key| format!("{dir}/{key}")));
+        Self {
+            id,
+            dir,
+            frontend: String::new(),
+            watch: None,
+            own: State::Initialising,
+            step: Step::Probe(probe),
+            dirty: false,
+            mac: None,
+            rate: RateLimit::UNLIMITED,
+            max_queues,
+            queues: Vec::new(),
+            features: Features::empty(),
+            ended: Counters::default(),
+            faults: 0,
+            not_before: None,
+            gone: false,
+        }
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.own
+    }
+
+    pub(crate) fn watch(&self) -> Option<WatchId> {
+        self.watch
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        let mut sum = self.ended;
+        for queue in &self.queues {
+            sum += queue.counters();
+        }
+        sum
+    }
+
+    /// A node of ours or the frontend's state may have changed.
+    pub(crate) fn changed(&mut self, client: &mut Client) {
+        self.dirty = true;
+        self.look(client);
+    }
+
+    fn look(&mut self, client: &mut Client) {
+        if self.step != Step::Idle || !self.dirty {
+            return;
+        }
+        self.dirty = false;
+        let (dir, frontend) = (&self.dir, &self.frontend);
+        self.step = Step::Look(client.read_many([
+            format!("{frontend}/state"),
+            format!("{dir}/state"),
+            format!("{dir}/online"),
+            format!("{dir}/hotplug-status"),
+        ]));
+    }
+
+    /// When the vif wants [`wake_if_due`](Self::wake_if_due).
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.not_before
+    }
+
+    /// Looks again if a frontend that had to wait may now connect.
+    pub(crate) fn wake_if_due(&mut self, client: &mut Client, now: Instant) {
+        if self.not_before.is_some_and(|at| at <= now) {
+            self.not_before = None;
+            self.changed(client);
+        }
+    }
+
+    /// Takes the end of a job, if it is this vif's.
+    pub(crate) fn done(
+        &mut self,
+        job: JobId,
+        result: &Result<Outcome, Error>,
+        around: &mut Around<'_, H>,
+    ) -> bool {
+        match self.step {
+            Step::Probe(mine)
+            | Step::Offer(mine)
+            | Step::Look(mine)
+            | Step::Read(mine)
+            | Step::Write(mine)
+                if mine == job => {}
+            _ => return false,
+        }
+        let step = core::mem::replace(&mut self.step, Step::Idle);
+        match (step, result) {
+            (Step::Probe(_), Ok(Outcome::Values(values))) => self.probed(values, around),
+            (Step::Offer(_), Ok(_)) => self.offered(around),
+            (Step::Look(_), Ok(Outcome::Values(values))) => self.looked(values, around),
+            (Step::Read(_), Ok(Outcome::Values(values))) => self.asked(values, around),
+            (Step::Write(_), Ok(_)) | (Step::Idle, _) => {}
+            (_, Err(Error::Disconnected)) => {
+                // The store is gone, the guest is not: packets go on. Look again when the store is back.
+                self.dirty = true;
+                return true;
+            }
+            (Step::Probe(_) | Step::Offer(_), result) => {
+                log::error!("{}: cannot set up: {result:?}", self.id);
+                self.remove(around);
+            }
+            (_, result) => {
+                log::error!("{}: store job failed: {result:?}", self.id);
+                self.fault(None, around);
+            }
+        }
+        self.look(around.client);
+        true
+    }
+
+    fn probed(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
+        let value = |index: usize| values.get(index).and_then(Option::as_deref);
+        let frontend = value(1).and_then(|path| core::str::from_utf8(path).ok());
+        let domain = value(2).and_then(parse_u32);
+        let (Some(frontend), State::Initialising) = (frontend, State::parse(value(0))) else {
+            // Not set up yet, or left over: only a fresh device is taken on.
+            self.gone = true;
+            return;
+        };
+        if domain != Some(self.id.domain.0.into()) {
+            log::error!("{}: frontend-id is not that of the directory", self.id);
+            self.gone = true;
+            return;
+        }
+        self.frontend = frontend.to_string();
+        self.mac = value(3).and_then(|mac| core::str::from_utf8(mac).ok()?.parse().ok());
+        self.rate = match value(4) {
+            None => RateLimit::UNLIMITED,
+            Some(rate) => RateLimit::parse(rate).unwrap_or_else(|| {
+                log::warn!("{}: rate is not BYTES,USECS; not limited", self.id);
+                RateLimit::UNLIMITED
+            }),
+        };
+        let mut changes = negotiate::offer(&self.dir, self.max_queues);
+        changes.push(self.state_change(State::InitWait));
+        self.step = Step::Offer(around.client.commit(changes));
+    }
+
+    fn offered(&mut self, around: &mut Around<'_, H>) {
+        self.own = State::InitWait;
+        self.watch = Some(around.client.watch(format!("{}/state", self.frontend)));
+        around.notices.push(Notice::Offered(self.id));
+    }
+
+    fn looked(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
+        let value = |index: usize| values.get(index).and_then(Option::as_deref);
+        if value(1).is_none() {
+            // Our own directory was taken away.
+            self.own = State::Unknown;
+        }
+        let peer = State::parse(value(0));
+        let online = value(2).and_then(parse_u32) == Some(1);
+        let hotplug = value(3) == Some(b"connected".as_slice());
+        let action = on_frontend(self.own, peer, online, hotplug);
+        if matches!(action, Action::Switch(states) if states.contains(&State::InitWait))
+            && self.not_before.is_some_and(|at| at > around.now)
+        {
+            return;
+        }
+        self.act(action, around);
+    }
+
+    fn act(&mut self, action: Action, around: &mut Around<'_, H>) {
+        match action {
+            Action::None | Action::Established => {}
+            Action::Switch(states) => self.write_states(states, None, around),
+            Action::Connect => {
+                let names = negotiate::frontend_keys(self.max_queues);
+                let frontend = &self.frontend;
+                let paths = names.iter().map(|name| format!("{frontend}/{name}"));
+                self.step = Step::Read(around.client.read_many(paths));
+            }
+            Action::Reconfigure => {
+                // Nothing that a connected frontend could change is offered: agree, and go on as before.
+                self.write_states(&[State::Reconfigured], None, around);
+            }
+            Action::Disconnect { then } => {
+                self.disconnect(around);
+                self.write_states(then, None, around);
+            }
+            Action::Fault { then } => {
+                self.disconnect(around);
+                self.write_states(
+                    then,
+                    Some("frontend is in a state it has no business in"),
+                    around,
+                );
+            }
+            Action::Remove { then } => {
+                self.disconnect(around);
+                self.write_states(then, None, around);
+                self.remove(around);
+            }
+        }
+    }
+
+    fn asked(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
+        let names = negotiate::frontend_keys(self.max_queues);
+        let given: BTreeMap<String, Vec<u8>> = names
+            .into_iter()
+            .zip(values)
+            .filter_map(|(name, value)| Some((name, value.clone()?)))
+            .collect();
+        match self.connect(&given, around) {
+            Ok(()) => {
+                self.faults = 0;
+                around.notices.push(Notice::Connected {
+                    vif: self.id,
+                    queues: self.queues.len(),
+                    features: self.features,
+                });
+                self.write_states(&[State::Connected], None, around);
+            }
+            Err(refusal) => {
+                let text = refusal.to_string();
+                around.notices.push(Notice::Refused(self.id, refusal));
+                self.penalise(around.now);
+                if let Action::Fault { then } = on_fault(self.own) {
+                    self.write_states(then, Some(&text), around);
+                }
+            }
+        }
+    }
+
+    fn connect(
+        &mut self,
+        given: &BTreeMap<String, Vec<u8>>,
+        around: &Around<'_, H>,
+    ) -> Result<(), Refusal> {
+        let request = negotiate::parse(given, self.max_queues)?;
+        let connector = Connector {
+            mapper: around.mapper,
+            binder: around.binder,
+            domain: self.id.domain,
+            rate: self.rate,
+            now: around.now,
+        };
+        let mut queues = Vec::with_capacity(request.queues.len());
+        for (index, queue) in (0..).zip(&request.queues) {
+            queues.push(connector.connect(Flow(index), queue)?);
+        }
+        self.queues = queues;
+        self.features = request.features;
+        Ok(())
+    }
+
+    /// The data path found that the frontend cannot be gone on with (or the store, with `None`).
+    pub(crate) fn fault(&mut self, fault: Option<VifFault>, around: &mut Around<'_, H>) {
+        self.penalise(around.now);
+        let text = fault.map(|fault| fault.to_string());
+        if let Some(fault) = fault {
+            around.notices.push(Notice::Faulted(self.id, fault));
+        }
+        self.disconnect(around);
+        match on_fault(self.own) {
+            Action::Fault { then } => {
+                self.write_states(then, Some(text.as_deref().unwrap_or("store failure")), around);
+            }
+            Action::Remove { .. } => self.remove(around),
+            _ => {}
+        }
+    }
+
+    fn penalise(&mut self, now: Instant) {
+        self.not_before = Some(now.after(FIRST_PENALTY << self.faults.min(MAX_DOUBLINGS)));
+        self.faults = self.faults.saturating_add(1);
+    }
+
+    /// Drops ports and rings, if there are any.
+    fn disconnect(&mut self, around: &mut Around<'_, H>) {
+        if self.queues.is_empty() {
+            return;
+        }
+        self.ended = self.counters();
+        let queues = core::mem::take(&mut self.queues);
+        around.mapper.unmap_batch(queues.into_iter().flat_map(Queue::disconnect));
+        self.features = Features::empty();
+        around.notices.push(Notice::Disconnected(self.id));
+    }
+
+    /// Ends the vif; nothing is written.
+    pub(crate) fn remove(&mut self, around: &mut Around<'_, H>) {
+        self.disconnect(around);
+        if let Some(watch) = self.watch.take() {
+            around.client.unwatch(watch);
+        }
+        if !self.gone {
+            self.gone = true;
+            around.notices.push(Notice::Removed(self.id));
+        }
+    }
+
+    fn state_change(&self, state: State) -> Change {
+        Change::Update { path: format!("{}/state", self.dir), value: state.text().into() }
+    }
+
+    fn write_states(&mut self, states: &[State], error: Option<&str>, around: &mut Around<'_, H>) {
+        if let Some(error) = error {
+            log::error!("{}: {error}", self.id);
+            around.client.commit([Change::Write {
+                path: format!("error/{}/error", self.dir),
+                value: error.as_bytes().to_vec(),
+            }]);
+        }
+        // One commit each: the frontend may wait for any of them.
+        for &state in states {
+            self.own = state;
+            self.step = Step::Write(around.client.commit([self.state_change(state)]));
+        }
+    }
+}
