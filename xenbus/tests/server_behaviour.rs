@@ -1,4 +1,10 @@
 #![cfg(feature = "server")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by a panic"
+)]
 //! One behaviour of the server each.
 
 mod server_support;
@@ -187,6 +193,23 @@ fn a_watch_fires_when_set_and_names_paths_as_it_was_set() {
 }
 
 #[test]
+fn who_may_list_a_node_hears_of_its_children() {
+    let mut lab = lab();
+    lab.ask(1, Kind::Write, 0, "a/b|1");
+    lab.ask(1, Kind::SetPerms, 0, "a|n1|r2|");
+    lab.ask(2, Kind::Watch, 0, "/local/domain/1/a|t|");
+    lab.events(2);
+    lab.ask(1, Kind::Write, 0, "a/b|2");
+    assert_eq!(lab.events(2), ["/local/domain/1/a/b|t|"]);
+    assert_eq!(lab.ask(2, Kind::Read, 0, "/local/domain/1/a/b|"), "EACCES");
+    // The change that takes the right away is the last it hears of.
+    lab.ask(1, Kind::SetPerms, 0, "a|n1|");
+    lab.ask(1, Kind::Write, 0, "a/b|3");
+    lab.ask(1, Kind::Write, 0, "a|3");
+    assert_eq!(lab.events(2), ["/local/domain/1/a|t|"]);
+}
+
+#[test]
 fn the_end_of_a_node_reaches_watches_below_and_above() {
     let mut lab = lab();
     lab.ask(0, Kind::Write, 0, "/local/domain/1/a/b/c|1");
@@ -194,7 +217,8 @@ fn the_end_of_a_node_reaches_watches_below_and_above() {
     lab.ask(1, Kind::Watch, 0, "a/b/c|c|");
     lab.ask(1, Kind::Watch, 0, "a/b/d|d|");
     lab.ask(0, Kind::Watch, 0, "/local|0|");
-    (lab.events(0), lab.events(1));
+    lab.events(0);
+    lab.events(1);
     lab.ask(0, Kind::Rm, 0, "/local/domain/1/a|");
     assert_eq!(lab.events(1), ["a/b/c|c|", "a/b|b|"]);
 }

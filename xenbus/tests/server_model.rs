@@ -1,4 +1,10 @@
 #![cfg(feature = "server")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by a panic"
+)]
 //! The server against a plain reference: random requests of several domains must get the same replies and the same events.
 
 mod server_support;
@@ -111,13 +117,16 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// The path of a DIRECTORY_PART, and the reference's version of what it names.
+type Asked = (String, Option<(u64, u64)>);
+
 struct Pair {
     lab: Lab,
     reference: Reference,
     requests: u32,
     /// Versions seen in DIRECTORY_PART, by path: ours to the reference's.
     versions: BTreeMap<(String, u64), (u64, u64)>,
-    asked: BTreeMap<(u16, u32), (String, Option<(u64, u64)>)>,
+    asked: BTreeMap<(u16, u32), Asked>,
 }
 
 impl Pair {
@@ -144,6 +153,10 @@ impl Pair {
             args.extend(perms.iter().map(|perm| perm.as_bytes().to_vec()));
             args
         };
+        // Everyone hears of everything that is theirs to hear of.
+        for client in [0, 1, 2, 3] {
+            pair.request(client, Kind::Watch, 0, &[b"/".to_vec(), b"all".to_vec()], 5000);
+        }
         pair.request(0, Kind::Write, 0, &[b"/shared".to_vec(), b"s".to_vec()], 5000);
         pair.request(0, Kind::SetPerms, 0, &set("/shared", &["r0", "b1", "b2"]), 5000);
         pair
@@ -155,7 +168,7 @@ impl Pair {
         self.lab.conns.insert(guest, conn);
         self.reference.introduce(guest);
         let home = format!("/local/domain/{guest}").into_bytes();
-        self.request(0, Kind::Mkdir, 0, &[home.clone()], 5000);
+        self.request(0, Kind::Mkdir, 0, std::slice::from_ref(&home), 5000);
         self.request(0, Kind::SetPerms, 0, &[home, format!("n{guest}").into_bytes()], 5000);
     }
 

@@ -1,4 +1,10 @@
 #![cfg(feature = "server")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by a panic"
+)]
 //! Transactions of the server.
 
 mod server_support;

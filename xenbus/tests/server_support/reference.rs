@@ -9,6 +9,8 @@ use super::Out;
 /// `('r', 5)` is `r5`.
 pub type Perms = Vec<(char, u16)>;
 type Error = &'static str;
+/// Paths that changed, and whether only watches on exactly that path are to hear of it.
+type Events = Vec<(String, bool)>;
 
 #[derive(Debug, Clone, PartialEq)]
 struct Node {
@@ -28,7 +30,7 @@ struct Transaction {
     copy: Nodes,
     /// Paths whose node (false) or list of children (true) mattered.
     seen: BTreeSet<(String, bool)>,
-    events: Vec<(String, bool)>,
+    events: Events,
 }
 
 #[derive(Debug, Default)]
@@ -352,7 +354,7 @@ impl Reference {
         kind: Kind,
         path: &str,
         args: &[Vec<u8>],
-    ) -> Result<(Vec<u8>, Vec<(String, bool)>), Error> {
+    ) -> Result<(Vec<u8>, Events), Error> {
         let need = match kind {
             Kind::Write | Kind::Mkdir | Kind::Rm => "w",
             Kind::SetPerms => "wo",
@@ -434,7 +436,7 @@ impl Reference {
         nodes: &mut Nodes,
         path: &str,
         seen: &mut BTreeSet<(String, bool)>,
-    ) -> Vec<(String, bool)> {
+    ) -> Events {
         self.stamp += 1;
         let below: Vec<_> = nodes.keys().filter(|other| is_below(other, path)).cloned().collect();
         for gone in &below {
@@ -446,7 +448,7 @@ impl Reference {
         below.into_iter().rev().map(|gone| (gone.clone(), gone != path)).collect()
     }
 
-    fn fire(&mut self, before: &Nodes, events: Vec<(String, bool)>) {
+    fn fire(&mut self, before: &Nodes, events: Events) {
         for (path, exact) in events {
             if !before.contains_key(&path) && !self.nodes.contains_key(&path) {
                 continue;
