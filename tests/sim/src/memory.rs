@@ -359,13 +359,15 @@ impl Memory {
         (self.translate(gfn) == Some(mfn)).then_some(gfn)
     }
 
-    /// Gives the domain a page at `gfn` (as its builder does); `false` if it may not have it.
+    /// Gives the domain a page at `gfn`, with whatever is in it; `false` if that cannot be.
     pub(crate) fn populate(&mut self, machine: &mut Machine, id: DomId, gfn: Gfn) -> bool {
-        if self.ram.len() >= self.limit || self.ram.contains_key(&gfn) {
+        if self.ram.contains_key(&gfn) {
             return false;
         }
-        let Some((mfn, _)) = machine.allocate(id, NonZeroUsize::MIN) else { return false };
+        let Some((mfn, page)) = machine.allocate(id, NonZeroUsize::MIN) else { return false };
+        page.fill(POISON);
         self.enter(machine, gfn, mfn);
+        self.limit = self.limit.max(self.ram.len());
         true
     }
 

@@ -1,0 +1,205 @@
+//! Mapping others' grants against a simulated Xen.
+
+use std::sync::atomic::Ordering;
+
+use grant::{
+    ForeignPage, GrantTable, GrantedPage, MapError, MapRequest, Mapper, Mapping, SharedMemory,
+};
+use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, Toolstack};
+use sim::{DomainConfig, Fault, FaultPlan, Kind, Ledger, Sim, SimHv};
+
+struct World {
+    sim: Sim,
+    backend: SimHv,
+    guest: SimHv,
+    mapper: Mapper<SimHv>,
+    pages: Vec<GrantedPage<SimHv>>,
+    /// Before any mapping.
+    start: Ledger,
+}
+
+fn world(pages: usize, config: DomainConfig) -> World {
+    let sim = Sim::new();
+    let backend = sim.create(config);
+    let guest = sim.create(DomainConfig::guest());
+    let table = GrantTable::new(&guest).unwrap();
+    let pages = (0..pages).map(|_| table.share(backend.id(), false).unwrap()).collect();
+    let (mapper, start) = (Mapper::new(&backend), sim.ledger());
+    World { sim, backend, guest, mapper, pages, start }
+}
+
+impl World {
+    fn requests(&self) -> Vec<MapRequest> {
+        let request = |page: &GrantedPage<SimHv>| MapRequest {
+            domain: self.guest.id(),
+            gref: page.gref(),
+            read_only: false,
+        };
+        self.pages.iter().map(request).collect()
+    }
+
+    fn map_all(&self, requests: &[MapRequest]) -> Vec<Result<Mapping<SimHv>, MapError>> {
+        let mut results = Vec::new();
+        self.mapper.map_batch(requests, |result| results.push(result));
+        results
+    }
+
+    fn assert_clean(&self) {
+        assert_eq!(self.sim.ledger().since(&self.start).to_string(), "");
+        assert_eq!(self.sim.violations(), Vec::<String>::new());
+        assert_eq!((self.mapper.live(), self.mapper.parked()), (0, 0));
+    }
+}
+
+#[test]
+fn a_mapping_shows_the_granters_page_both_ways() {
+    let w = world(3, DomainConfig::dom0());
+    let mapped = w.map_all(&w.requests());
+    let mappings: Vec<_> = mapped.into_iter().map(Result::unwrap).collect();
+    assert_eq!(w.mapper.live(), 3);
+    for (number, (page, mapping)) in (1..).zip(w.pages.iter().zip(&mappings)) {
+        page.page().store_u32(8, number, Ordering::Relaxed);
+        assert_eq!(mapping.page().load_u32(8, Ordering::Relaxed), number);
+        mapping.page().store_u32(12, !number, Ordering::Relaxed);
+        assert_eq!(page.page().load_u32(12, Ordering::Relaxed), !number);
+        assert_eq!(w.sim.grant_users(w.guest.id(), page.gref()), 1);
+    }
+    let before = w.backend.hypercalls();
+    assert_eq!(w.mapper.unmap_batch(mappings), 0);
+    let asked = w.backend.hypercalls() - before;
+    assert_eq!((asked.calls(Kind::Unmap), asked.ops(Kind::Unmap)), (1, 3));
+    w.assert_clean();
+}
+
+#[test]
+fn what_fails_in_a_batch_takes_nothing_with_it() {
+    let w = world(3, DomainConfig::dom0());
+    let mut requests = w.requests();
+    requests.insert(1, MapRequest { gref: GrantRef(100), ..requests[0] });
+    requests.push(MapRequest { domain: DomId(9), ..requests[0] });
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Map, 2, Fault::Untouched));
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Map, 3, Fault::Status(GrantStatus(3))));
+    let results = w.map_all(&requests);
+    let outcome: Vec<_> = results.iter().map(|result| result.as_ref().err().copied()).collect();
+    let refused = |status| Some(MapError::Refused(status));
+    let expected = [
+        None,
+        refused(GrantStatus::GENERAL_ERROR),
+        refused(GrantStatus::UNTOUCHED),
+        refused(GrantStatus(3)),
+        refused(GrantStatus::BAD_DOMAIN),
+    ];
+    assert_eq!(outcome, expected);
+    assert_eq!(w.mapper.live(), 1);
+    drop(results);
+    w.assert_clean();
+}
+
+#[test]
+fn without_windows_or_handles_the_rest_is_still_mapped() {
+    let w = world(4, DomainConfig { windows: 3, maptrack: 2, ..DomainConfig::dom0() });
+    let results = w.map_all(&w.requests());
+    let outcome: Vec<_> = results.iter().map(|result| result.as_ref().err().copied()).collect();
+    let full = Some(MapError::Refused(GrantStatus::NO_SPACE));
+    assert_eq!(outcome, [None, None, full, Some(MapError::NoWindow)]);
+    drop(results);
+    w.assert_clean();
+}
+
+#[test]
+fn a_call_that_fails_half_way_keeps_what_was_mapped() {
+    let w = world(3, DomainConfig::dom0());
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Map, Fault::Partial(1, Errno::FAULT)));
+    let results = w.map_all(&w.requests());
+    let outcome: Vec<_> = results.iter().map(|result| result.as_ref().err().copied()).collect();
+    let failed = Some(MapError::Call(Errno::FAULT));
+    assert_eq!(outcome, [None, failed, failed], "the first is mapped, and must be unmapped again");
+    drop(results);
+    w.assert_clean();
+}
+
+#[test]
+fn what_cannot_be_unmapped_is_parked_with_its_window() {
+    let w = world(2, DomainConfig { windows: 2, ..DomainConfig::dom0() });
+    let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
+    let fault = Fault::Status(GrantStatus::GENERAL_ERROR);
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Unmap, 1, fault));
+    assert_eq!(w.mapper.unmap_batch(mappings), 1);
+    assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 1));
+    let requests = w.requests();
+    let one = w.mapper.map(requests[0]).unwrap();
+    assert_eq!(w.mapper.map(requests[1]).err(), Some(MapError::NoWindow), "never mapped over");
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, Fault::Errno(Errno::FAULT)));
+    drop(one);
+    assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 2));
+    assert_eq!(w.sim.ledger().held_by(w.backend.id()).mappings().len(), 2);
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn an_unmap_that_fails_half_way_parks_only_the_rest() {
+    let w = world(3, DomainConfig::dom0());
+    let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
+    let fault = Fault::Partial(2, Errno::FAULT);
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, fault));
+    assert_eq!(w.mapper.unmap_batch(mappings), 1);
+    assert_eq!(w.sim.ledger().mappings().len(), 1);
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_read_only_grant_is_mapped_for_reading_only() {
+    let w = world(0, DomainConfig::dom0());
+    let table = GrantTable::new(&w.guest).unwrap();
+    let page = table.share(w.backend.id(), true).unwrap();
+    let request = MapRequest { domain: w.guest.id(), gref: page.gref(), read_only: false };
+    let refused = MapError::Refused(GrantStatus::GENERAL_ERROR);
+    assert_eq!(w.mapper.map(request).err(), Some(refused));
+    let mapping = w.mapper.map(MapRequest { read_only: true, ..request }).unwrap();
+    page.page().write_bytes(0, b"read me");
+    let mut seen = [0; 7];
+    mapping.page().read_bytes(0, &mut seen);
+    assert_eq!(&seen, b"read me");
+    drop(mapping);
+    drop(page);
+    w.assert_clean();
+}
+
+#[test]
+fn a_destroyed_granter_lasts_until_its_pages_are_unmapped() {
+    let w = world(2, DomainConfig::dom0());
+    let requests = w.requests();
+    let mapping = w.mapper.map(requests[0]).unwrap();
+    w.pages[0].page().write_bytes(0, b"last words");
+    assert!(w.sim.destroy(w.guest.id()));
+    assert_eq!(w.sim.domains(), [w.backend.id(), w.guest.id()], "a zombie");
+    let mut seen = [0; 10];
+    mapping.page().read_bytes(0, &mut seen);
+    assert_eq!(&seen, b"last words");
+    assert!(w.mapper.map(requests[1]).is_err());
+    drop(mapping);
+    assert_eq!(w.sim.domains(), [w.backend.id()]);
+    assert_eq!(w.mapper.map(requests[1]).err(), Some(MapError::Refused(GrantStatus::BAD_DOMAIN)));
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_foreign_page_is_the_other_domains() {
+    let w = world(0, DomainConfig::dom0());
+    let frame = Gfn(0x3_9000);
+    let missing = ForeignPage::map(&w.backend, w.guest.id(), frame);
+    assert_eq!(missing.err(), Some(MapError::Call(Errno::INVAL)));
+    w.backend.populate(w.guest.id(), frame).unwrap();
+    let page = ForeignPage::map(&w.backend, w.guest.id(), frame).unwrap();
+    page.page().write_bytes(100, b"for the guest");
+    let mut seen = [0; 13];
+    assert!(w.sim.read(w.guest.id(), frame, 100, &mut seen));
+    assert_eq!(&seen, b"for the guest");
+    drop(page);
+    w.assert_clean();
+    let page = ForeignPage::map(&w.backend, w.guest.id(), frame).unwrap();
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::UnmapForeign, Fault::Errno(Errno::FAULT)));
+    drop(page);
+    assert_eq!(w.sim.ledger().mappings().len(), 1, "kept, and its window with it");
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
