@@ -10,7 +10,9 @@ fn main() {
     println!("cargo:rerun-if-changed={}", script.display());
     if of("CARGO_CFG_TARGET_OS") == "none" && script.exists() {
         let script = format!("-T{}", script.display());
-        for argument in [&*script, "-pie", "--no-dynamic-linker", "-znorelro", "-zmax-page-size=4096"] {
+        for argument in
+            [&*script, "-pie", "--no-dynamic-linker", "-znorelro", "-zmax-page-size=4096"]
+        {
             println!("cargo:rustc-link-arg-bins={argument}");
         }
     }

@@ -92,8 +92,10 @@ impl Region {
         let offset = address.addr().get().checked_sub(self.base.addr().get())?;
         let first = offset / PAGE_SIZE;
         let pages = first..first.checked_add(count)?;
-        let taken = |page: usize| self.free.get(page / 64).is_some_and(|word| word >> (page % 64) & 1 == 0);
-        if !offset.is_multiple_of(PAGE_SIZE) || pages.end > self.pages || !pages.clone().all(taken) {
+        let taken =
+            |page: usize| self.free.get(page / 64).is_some_and(|word| word >> (page % 64) & 1 == 0);
+        if !offset.is_multiple_of(PAGE_SIZE) || pages.end > self.pages || !pages.clone().all(taken)
+        {
             return None;
         }
         self.hint = self.hint.min(first);
@@ -138,7 +140,8 @@ impl Pages {
 
     /// Takes pages back. `false` if they were not allocated.
     pub fn free(&mut self, address: NonNull<u8>, count: NonZeroUsize) -> bool {
-        let found = self.regions.iter_mut().any(|region| region.free(address, count.get()).is_some());
+        let found =
+            self.regions.iter_mut().any(|region| region.free(address, count.get()).is_some());
         if found {
             self.free += count.get();
         }

@@ -33,7 +33,9 @@ impl Windows {
     pub fn give(&self, window: usize) -> bool {
         let bit = 1 << (window % 64);
         // Release: what the holder did with the window comes before what the next one does.
-        self.free.get(window / 64).is_some_and(|word| word.fetch_or(bit, Ordering::Release) & bit == 0)
+        self.free
+            .get(window / 64)
+            .is_some_and(|word| word.fetch_or(bit, Ordering::Release) & bit == 0)
     }
 }
 

@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use aarch64_cpu::registers::{ELR_EL1, ESR_EL1, FAR_EL1, Readable, SP_EL0, SPSR_EL1};
 use hypercall::Shutdown;
 
+use super::{__guard, __image_start, __stack_bottom, place};
 use crate::console::Line;
 use crate::machine::HV;
 
@@ -54,9 +55,6 @@ save_and_report:
 unsafe extern "C" {
     /// The vector table.
     pub safe fn vectors();
-    safe static __image_start: u8;
-    safe static __guard: u8;
-    safe static __stack_bottom: u8;
 }
 
 fn cause(vector: u64, class: u64) -> &'static str {
@@ -84,7 +82,7 @@ extern "C" fn report(registers: &[u64; 31], vector: u64) -> ! {
     REPORTED.store(true, Ordering::Relaxed);
 
     let (esr, elr, far) = (ESR_EL1.get(), ELR_EL1.get(), FAR_EL1.get());
-    let base = (&raw const __image_start).addr() as u64;
+    let base = place(&__image_start);
     let mut line = Line::new();
     // Writing to a `Line` never fails.
     let _ = writeln!(
@@ -95,7 +93,7 @@ extern "C" fn report(registers: &[u64; 31], vector: u64) -> ! {
         SPSR_EL1.get(),
         SP_EL0.get(),
     );
-    if ((&raw const __guard).addr() as u64..(&raw const __stack_bottom).addr() as u64).contains(&far) {
+    if (place(&__guard)..place(&__stack_bottom)).contains(&far) {
         let _ = writeln!(line, "  the stack is full");
     }
     for (row, registers) in registers.chunks(4).enumerate() {

@@ -38,7 +38,8 @@ pub unsafe fn init(gic: &Gic, event_ppi: u32, timer_ppi: u32) -> Option<()> {
     let redistributor = NonNull::new(at(gic.redistributors.start))?.cast::<GicrSgi>();
     CNTV_CTL_EL0.set(0);
     // SAFETY: the caller's promise. The first redistributor is that of vCPU 0, the only one there is.
-    let mut gic = unsafe { GicV3::new(UniqueMmioPointer::new(distributor), redistributor, 1) }.ok()?;
+    let mut gic =
+        unsafe { GicV3::new(UniqueMmioPointer::new(distributor), redistributor, 1) }.ok()?;
     gic.setup(0);
     GicCpuInterface::set_priority_mask(0xff);
     for ppi in [event_ppi, timer_ppi] {

@@ -11,7 +11,6 @@ use aarch64_cpu::asm::barrier;
 use aarch64_cpu::registers::{
     ID_AA64MMFR0_EL1, MAIR_EL1, ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, TTBR0_EL1, Writeable,
 };
-use spin::Mutex;
 
 /// How a range may be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,23 +61,19 @@ struct Pool(UnsafeCell<[Table; TABLES]>);
 // SAFETY: the tables are reached only through `Tables`, of which there is one.
 unsafe impl Sync for Pool {}
 
-/// Not in the `Mutex`: the processor reads the tables at any time, so there is never a reference to one.
+/// The processor reads the tables at any time: there is never a reference to one, and each access is volatile.
 static POOL: Pool = Pool(UnsafeCell::new([const { Table([0; 512]) }; TABLES]));
 
-/// The tables; the first is the root.
+/// The tables; the first is the root. There is one `Tables`, which says how many are in use.
 pub struct Tables {
     used: usize,
 }
 
-/// The only one. While the MMU is off, exclusive accesses need not work, and so neither does a lock: until then,
-/// [`Mutex::get_mut`] or an own value is used instead, see [`enable`].
-pub static TABLES_IN_USE: Mutex<Tables> = Mutex::new(Tables { used: 1 });
-
 impl Tables {
-    /// For boot, before there is anyone else.
+    /// Empty tables.
     ///
     /// # Safety
-    /// Called once. What comes of it ends up in [`TABLES_IN_USE`].
+    /// Called once.
     pub const unsafe fn new() -> Self {
         Self { used: 1 }
     }
@@ -158,7 +153,7 @@ pub fn address_bits() -> u32 {
 ///
 /// # Safety
 /// They are off. The tables map all that is in use, at its own address; `image` is all that was written since boot.
-pub unsafe fn enable(tables: Tables, image: &Range<u64>) {
+pub unsafe fn enable(tables: &Tables, image: &Range<u64>) {
     MAIR_EL1.write(
         MAIR_EL1::Attr0_Normal_Outer::WriteBack_NonTransient_ReadWriteAlloc
             + MAIR_EL1::Attr0_Normal_Inner::WriteBack_NonTransient_ReadWriteAlloc
@@ -202,5 +197,4 @@ pub unsafe fn enable(tables: Tables, image: &Range<u64>) {
             + SCTLR_EL1::WXN::Enable,
     );
     barrier::isb(barrier::SY);
-    *TABLES_IN_USE.lock() = tables;
 }

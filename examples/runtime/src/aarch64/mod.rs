@@ -86,22 +86,31 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
         .ok_or("fewer pieces of memory to map")?;
     // SAFETY: boot leaves the MMU off; the tables map the image, the device tree and all other memory. What was
     // written since is in the image: its data, its stack and the tables.
-    unsafe { mmu::enable(tables, &image) };
+    unsafe { mmu::enable(&tables, &image) };
     console::init();
 
     let mut free = Ranges::default();
     memory.iter().try_for_each(|range| free.add(range.clone())).ok_or("memory")?;
-    [image, tree_at].into_iter().chain(tree.reserved().map(|range| pages_of(&range)))
+    [image, tree_at]
+        .into_iter()
+        .chain(tree.reserved().map(|range| pages_of(&range)))
         .try_for_each(|used| free.remove(&used))
         .ok_or("memory in fewer pieces")?;
     // SAFETY: mapped above, and used by nobody: image, tree and reservations are cut out.
     free.iter().for_each(|range| unsafe { PAGES.lock().add(range) });
 
-    let space = find_space(&tree).ok_or("guest-physical space that Xen lets us use")?;
+    let space =
+        find_space(&tree, &mut tables).ok_or("guest-physical space that Xen lets us use")?;
     let (windows, shared_info) = (Gfn::of_address(space), Gfn::of_address(space + WINDOW_BYTES));
     let grant_table = Gfn::of_address(xen.grant_table.start)..Gfn::of_address(xen.grant_table.end);
     // SAFETY: all mapped, and none of it memory: `find_space` for the one, Xen's word for the other.
-    unsafe { machine::init(hypercall::Platform::gfn_to_virt(&machine::MACHINE, shared_info), windows, grant_table) };
+    unsafe {
+        machine::init(
+            hypercall::Platform::gfn_to_virt(&machine::MACHINE, shared_info),
+            windows,
+            grant_table,
+        )
+    };
 
     // SAFETY: mapped above as device memory; nothing else knows of the registers.
     unsafe { interrupts::init(&gic, xen.event_ppi, timer_ppi) }.ok_or("interrupts")?;
@@ -137,7 +146,7 @@ fn map_memory(tables: &mut Tables, memory: &Ranges, image: &Range<u64>) -> Optio
 /// may devices be there. So: just below the end of what the processor can address, where no board has memory, unless
 /// the device tree names a device there. Xen may translate fewer bits than the processor has (an IOMMU with fewer, for
 /// one); it refuses a page beyond, and the next smaller size is tried.
-fn find_space(tree: &Tree<'_>) -> Option<u64> {
+fn find_space(tree: &Tree<'_>, tables: &mut Tables) -> Option<u64> {
     const GIB: u64 = 1 << 30;
     let sizes = [48, 44, 42, 40, 39, 36].into_iter().filter(|bits| *bits <= mmu::address_bits());
     sizes.map(|bits| (1 << bits) - GIB).find(|&space| {
@@ -148,7 +157,6 @@ fn find_space(tree: &Tree<'_>) -> Option<u64> {
             // SAFETY: no memory of ours is there, and no device by the tree.
             unsafe { HV.map_shared_info(Gfn::of_address(space + WINDOW_BYTES)) }
         };
-        shown.is_ok()
-            && mmu::TABLES_IN_USE.lock().map(&(space..space + WINDOW_BYTES + PAGE), Use::Write).is_some()
+        shown.is_ok() && tables.map(&(space..space + WINDOW_BYTES + PAGE), Use::Write).is_some()
     })
 }
