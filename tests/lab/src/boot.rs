@@ -54,7 +54,7 @@ pub fn interactive(name: &str, plan: &Plan<'_>) -> Result<()> {
     let (send, typed) = mpsc::channel();
     // Left behind at the end: a read of the keyboard cannot be taken back.
     std::thread::spawn(move || {
-        for byte in std::io::stdin().bytes() {
+        for byte in std::io::stdin().lock().bytes() {
             let byte = byte.ok().filter(|b| *b != LEAVE);
             if send.send(byte).is_err() || byte.is_none() {
                 return;

@@ -31,7 +31,7 @@ macro_rules! embedded {
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
     "abuse" "at" "cnt" "crash" "domains" "feat" "file" "filesum" "garbage" "met" "net" "pings" "private" "reload"
-    "renet" "settle" "state" "stream" "streamed" "tcp" "udone" "urecv" "usend" "vifs"
+    "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "urecv" "usend" "vifs"
 );
 
 const LIBRARIES: &[&str] = &[
@@ -98,6 +98,10 @@ impl Source {
         for name in ["xenstored", "xl", "init-dom0less", "xen-init-dom0"] {
             self.program(&mut tree, &format!("usr/lib/xen-4.17/bin/{name}"))?;
         }
+        // Loaded by name when a thread of xl is cancelled.
+        let library = "libgcc_s.so.1";
+        let to = format!("usr/lib/aarch64-linux-gnu/{library}");
+        self.binary(&mut tree, &format!("lib/aarch64-linux-gnu/{library}"), &to)?;
         let helper = "usr/lib/xen-4.17/bin/init-dom0less";
         let path = self.real(helper).context("no init-dom0less among the packages")?;
         tree.file(helper, repaired(fs::read(path)?)?, true);

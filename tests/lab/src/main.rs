@@ -1,17 +1,21 @@
 //! `cargo lab`: real Xen in QEMU, with this project's dom0 and unmodified Linux guests.
 
 mod boot;
+mod capture;
 mod console;
 mod cpio;
 mod elf;
 mod fdt;
+mod host;
 mod images;
 mod machine;
+mod metrics;
 mod packages;
 mod paths;
 mod qmp;
 mod run;
 mod scenario;
+mod toolchain;
 mod ui;
 
 use std::process::ExitCode;
@@ -33,6 +37,10 @@ struct Arguments {
 enum What {
     /// Get all that a run needs, whatever of it is missing
     Setup,
+    /// Build dom0's image; shows where it is and its size
+    Build,
+    /// Formatting, clippy, documentation and bare-metal builds, all without warnings
+    Lint,
     /// Show the scenarios
     List,
     /// Start a scenario with its consoles on this terminal
@@ -62,8 +70,11 @@ fn act(what: &What) -> Result<ExitCode> {
         What::Setup => {
             packages::qemu()?;
             images::prepare(false)?;
+            toolchain::Toolchain::find(toolchain::AARCH64)?;
             println!("ready: everything is in {}", paths::shown(&paths::lab()));
         }
+        What::Build => host::build()?,
+        What::Lint => host::lint()?,
         What::List => {
             for scenario in scenario::ALL {
                 println!("{:<20} {}", scenario.name, scenario.about);
@@ -82,7 +93,10 @@ fn test(name: Option<&str>) -> Result<ExitCode> {
     let mut tally = Tally::default();
     let chosen: Vec<_> = match name {
         Some(name) => vec![scenario::find(name)?],
-        None => scenario::ALL.iter().filter(|s| s.by_default).collect(),
+        None => {
+            tally += host::test()?;
+            scenario::ALL.iter().filter(|s| s.by_default).collect()
+        }
     };
     for scenario in chosen {
         println!("{}: {}", scenario.name, scenario.about);

@@ -36,6 +36,7 @@ pub const GUEST: &[&str] = &[
 /// What Linux as dom0 needs beside them (arm64).
 pub const LINUX_DOM0: &[&str] = &[
     "xen-utils-4.17",
+    "libgcc-s1",
     "libxenmisc4.17",
     "libxencall1",
     "libxendevicemodel1",

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::console::{Line, Source};
 use crate::machine::{Machine, Plan};
+use crate::metrics::Metrics;
 use crate::paths;
 
 /// How many checks passed and failed.
@@ -151,6 +152,14 @@ impl Run {
             paths::shown(&self.dir)
         );
         Ok(self.tally)
+    }
+
+    /// Reads dom0's counters over the network from a guest, and keeps them as metrics-LABEL.txt.
+    pub fn metrics(&self, domain: usize, label: &str) -> Result<Metrics> {
+        let answer = self.good(domain, "met", 20)?;
+        let metrics = Metrics::parse(answer.lines.iter().map(String::as_str))?;
+        fs::write(self.dir.join(format!("metrics-{label}.txt")), metrics.text())?;
+        Ok(metrics)
     }
 
     /// Waits for a line of a domain or Xen, from the start of the run.

@@ -39,6 +39,7 @@ pub fn test(name: &'static str) -> Result<Tally> {
             traffic::carrier(&mut run, domain);
         }
         traffic::all_pings(&mut run);
+        traffic::files_ready(&mut run);
         traffic::tcp_all(&mut run);
     }
     run.finish(name)

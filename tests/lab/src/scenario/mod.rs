@@ -1,7 +1,11 @@
 //! The scenarios: what is started and what is checked.
 
+mod dom0;
+mod life;
 mod linux;
+mod store;
 mod traffic;
+mod udp;
 
 use anyhow::{Context as _, Result};
 
@@ -22,13 +26,22 @@ pub struct Scenario {
 }
 
 /// All of them.
-pub const ALL: &[Scenario] = &[Scenario {
-    name: "linux-dom0-aarch64",
-    about: "the same guests with Linux as dom0, for comparison (on demand)",
-    by_default: false,
-    test: linux::test,
-    boot: linux::boot,
-}];
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "dom0-aarch64",
+        about: "this project's dom0 with two unmodified Linux guests",
+        by_default: true,
+        test: dom0::test,
+        boot: dom0::boot,
+    },
+    Scenario {
+        name: "linux-dom0-aarch64",
+        about: "the same guests with Linux as dom0, for comparison (on demand)",
+        by_default: false,
+        test: linux::test,
+        boot: linux::boot,
+    },
+];
 
 /// The scenario of a name.
 pub fn find(name: &str) -> Result<&'static Scenario> {

@@ -106,7 +106,6 @@ pub fn files_ready(run: &mut Run) {
 /// TCP and files with everything as it is, then with ethtool's gso, sg and tx off one by one on both guests, then with
 /// two queues.
 pub fn tcp_all(run: &mut Run) {
-    files_ready(run);
     tcp(run, "as negotiated", "4:12", 10);
     files(run, "as negotiated");
     for feature in ["gso", "sg", "tx"] {

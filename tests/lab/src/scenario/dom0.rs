@@ -1,0 +1,143 @@
+//! This project's dom0 with two unmodified Linux guests: packets, life cycle, the store, and what it costs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{life, store, traffic, udp};
+use crate::boot;
+use crate::capture;
+use crate::console::Source;
+use crate::images::{self, Images};
+use crate::machine::Plan;
+use crate::run::{Run, Tally};
+use crate::toolchain::{self, IMAGE_LIMIT};
+
+fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &'a str) -> Plan<'a> {
+    Plan {
+        xen: &images.xen,
+        dom0,
+        dom0_initramfs: None,
+        dom0_memory: "32M",
+        dom0_arguments: "",
+        guest: &images.linux,
+        guest_initramfs: &images.guest,
+        guest_arguments,
+    }
+}
+
+fn prepare() -> Result<(Images, PathBuf)> {
+    Ok((images::prepare(false)?, toolchain::dom0()?))
+}
+
+pub fn boot(name: &'static str) -> Result<()> {
+    let (images, dom0) = prepare()?;
+    boot::interactive(name, &plan(&images, &dom0, "lab=shell"))
+}
+
+pub fn test(name: &'static str) -> Result<Tally> {
+    let (images, dom0) = prepare()?;
+    let mut run = Run::start(name, &plan(&images, &dom0, ""))?;
+    if up(&mut run, &dom0) {
+        traffic::all_pings(&mut run);
+        traffic::files_ready(&mut run);
+        idle(&mut run);
+        udp::all(&mut run);
+        life::reload(&mut run);
+        traffic::tcp_all(&mut run);
+        traffic::tcp(&mut run, "IPv6", "6:12", 10);
+        store::all(&mut run);
+        life::crash(&mut run);
+    }
+    capture(&mut run);
+    run.finish(name)
+}
+
+/// Everybody is there, and it fits in what it has to fit in.
+fn up(run: &mut Run, dom0: &Path) -> bool {
+    let made = fs::metadata(dom0).map_err(Into::into).and_then(|m| {
+        ensure!(m.len() <= IMAGE_LIMIT, "{} bytes, more than {IMAGE_LIMIT}", m.len());
+        Ok(format!("{} KiB", m.len() / 1024))
+    });
+    run.check("dom0's image is at most 2 MiB", Source::Xen, made);
+    let made = run.expect(Source::Xen, 60, "Xen to give dom0 its memory", |l| {
+        let text = l.text.strip_prefix("Allocating 1:1 mappings totalling ")?;
+        Some(text.strip_suffix(" for dom0:")?.to_owned())
+    });
+    let made = made.and_then(|size| {
+        ensure!(size == "32MB", "it has {size}");
+        Ok(size)
+    });
+    run.check("dom0 runs in 32 MiB", Source::Xen, made);
+    let made = run.expect(Source::Dom(0), 60, "\"dom0: ready\"", |l| {
+        l.text.contains("dom0: ready").then(|| l.text.clone())
+    });
+    if !run.check("dom0 is ready", Source::Dom(0), made) || !traffic::guests_ready(run, 90) {
+        return false;
+    }
+    let mut connected = true;
+    for domain in 1..=2 {
+        let start = format!("vif{domain}.0: connected ");
+        let made = run.expect(Source::Dom(0), 30, &format!("\"{start}\""), |l| {
+            Some(l.text.split_once(&start)?.1.to_owned())
+        });
+        let made = made.and_then(|text| {
+            ensure!(text.contains("features="), "no features in \"{text}\"");
+            Ok(text)
+        });
+        connected &= run.check(&format!("vif{domain}.0 connects"), Source::Dom(0), made);
+        traffic::carrier(run, domain);
+    }
+    connected
+}
+
+/// dom0's CPU time, from Xen, over ten seconds in which nothing moves.
+fn idle(run: &mut Run) {
+    let made = measure_idle(run);
+    if let Ok(share) = made {
+        run.figure("dom0_idle_cpu_percent", share);
+    }
+    let made = made.and_then(|share| {
+        ensure!(share < 1.0, "{share:.2} % of a CPU");
+        Ok(format!("{share:.2} % of a CPU over 10 s"))
+    });
+    run.check("dom0 is idle when nothing moves", Source::Dom(0), made);
+}
+
+fn measure_idle(run: &Run) -> Result<f64> {
+    let before = run.metrics(1, "idle-before")?;
+    run.good(1, "settle 10", 40)?;
+    let after = run.metrics(1, "idle-after")?;
+    let change = |name: &str, labels: &[(&str, &str)]| -> Result<f64> {
+        Ok(after.need(name, labels)? - before.need(name, labels)?)
+    };
+    let cpu = change("xen_domain_cpu_seconds_total", &[("domid", "0")])?;
+    let time = change("dom0_uptime_seconds", &[])?;
+    ensure!(time >= 10.0, "dom0's clock says that 10 s took {time} s");
+    Ok(100.0 * cpu / time)
+}
+
+/// Takes dom0's capture ring out of the machine.
+fn capture(run: &mut Run) {
+    let made = take_capture(run);
+    run.check("dom0's capture becomes a pcap", Source::Dom(0), made);
+}
+
+fn take_capture(run: &mut Run) -> Result<String> {
+    let (at, size) = run.expect(Source::Dom(0), 1, "\"dom0: capture ring at\"", |l| {
+        let rest = l.text.split_once("capture ring at machine 0x")?.1;
+        let (at, size) = rest.split_once(" size 0x")?;
+        let size = size.split(|c: char| !c.is_ascii_hexdigit()).next()?;
+        Some((u64::from_str_radix(at, 16).ok()?, u64::from_str_radix(size, 16).ok()?))
+    })?;
+    ensure!(size <= 16 << 20, "a capture ring of {size} bytes");
+    let raw = run.dir().join("capture.bin");
+    run.machine.qmp.save_memory(at, size, &raw)?;
+    let bytes = fs::read(&raw).context("QEMU wrote no memory")?;
+    fs::remove_file(&raw)?;
+    let (file, frames) = capture::pcap(&bytes)?;
+    fs::write(run.dir().join("dom0.pcap"), file)?;
+    ensure!(frames > 0, "it is empty");
+    Ok(format!("{frames} frames in dom0.pcap"))
+}

@@ -1,0 +1,144 @@
+//! Building for bare metal: with the active compiler if it has the target, else with Debian's, which comes with its source.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::elf;
+use crate::packages::{Packages, RUST, run};
+use crate::paths;
+use crate::ui::Task;
+
+/// The target of dom0's image.
+pub const AARCH64: &str = "aarch64-unknown-none";
+/// The other target that libraries are built for.
+pub const X86_64: &str = "x86_64-unknown-none";
+/// dom0's image may not be larger.
+pub const IMAGE_LIMIT: u64 = 2 << 20;
+
+/// How to build for bare metal on this machine.
+pub enum Toolchain {
+    /// The active toolchain has the target.
+    Active,
+    /// Debian's compiler with its source.
+    Debian {
+        /// A program to be called as rustc.
+        rustc: PathBuf,
+        /// The linker of the active toolchain.
+        linker: PathBuf,
+    },
+}
+
+/// What rustc says about itself.
+fn rustc(argument: &[&str]) -> Result<String> {
+    let out = run(Command::new("rustc").current_dir(paths::workspace()).args(argument))?;
+    Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned())
+}
+
+impl Toolchain {
+    /// Finds or fetches what builds for a target.
+    pub fn find(target: &str) -> Result<Self> {
+        let sysroot = PathBuf::from(rustc(&["--print", "sysroot"])?);
+        let libraries = sysroot.join("lib/rustlib");
+        if libraries.join(target).join("lib").is_dir() {
+            return Ok(Self::Active);
+        }
+        let may_install = std::env::var("RUSTUP_AUTO_INSTALL").as_deref() != Ok("0");
+        if may_install && paths::program("rustup").is_some() {
+            let task = Task::new(format!("rustup target add {target}"));
+            let added = run(Command::new("rustup")
+                .current_dir(paths::workspace())
+                .args(["target", "add", target]));
+            if added.is_ok() && libraries.join(target).join("lib").is_dir() {
+                task.done("added");
+                return Ok(Self::Active);
+            }
+        }
+        let verbose = rustc(&["-vV"])?;
+        let host = verbose
+            .lines()
+            .find_map(|l| l.strip_prefix("host: "))
+            .context("rustc does not name its host")?;
+        let linker = libraries.join(host).join("bin/rust-lld");
+        ensure!(
+            linker.exists() && Path::new("/etc/debian_version").exists(),
+            "the Rust target {target} is missing: rustup target add {target}"
+        );
+        Ok(Self::Debian { rustc: debian_rustc()?, linker })
+    }
+
+    /// A cargo command for a target, with warnings as errors if so wanted.
+    pub fn cargo(&self, subcommand: &str, target: &str, deny: bool) -> Command {
+        let mut cargo = Command::new("cargo");
+        let name = target.to_uppercase().replace('-', "_");
+        cargo.current_dir(paths::workspace()).args([subcommand, "--target", target]);
+        cargo.env("CARGO_TARGET_DIR", paths::lab().join("cargo"));
+        if deny {
+            // Joined with what .cargo/config.toml has for the target.
+            cargo.env(format!("CARGO_TARGET_{name}_RUSTFLAGS"), "-D warnings");
+        }
+        if let Self::Debian { rustc, linker } = self {
+            cargo
+                .env("RUSTC", rustc)
+                .env("RUSTC_BOOTSTRAP", "1")
+                .env(format!("CARGO_TARGET_{name}_LINKER"), linker)
+                .args(["-Zbuild-std=core,alloc,compiler_builtins"])
+                .args(["-Zbuild-std-features=compiler-builtins-mem"]);
+        }
+        cargo
+    }
+}
+
+/// Debian's compiler, unpacked, behind a script that tells it where its things are.
+fn debian_rustc() -> Result<PathBuf> {
+    let out = run(Command::new("dpkg").arg("--print-architecture"))?;
+    let packages = Packages::new(String::from_utf8_lossy(&out.stdout).trim())?;
+    packages.fetch(RUST)?;
+    let root = packages.root();
+    let libraries = fs::read_dir(root.join("usr/lib"))?
+        .filter_map(Result::ok)
+        .map(|e| e.path())
+        .find(|p| p.is_dir() && p.to_string_lossy().ends_with("-linux-gnu"))
+        .context("Debian's Rust has no libraries")?;
+    let script = paths::directory("toolchain")?.join("rustc");
+    let text = format!(
+        "#!/bin/sh\nLD_LIBRARY_PATH={} exec {}/usr/bin/rustc --sysroot {}/usr \"$@\"\n",
+        libraries.display(),
+        root.display(),
+        root.display()
+    );
+    // Written only if it differs: cargo builds anew when its compiler is newer.
+    if fs::read_to_string(&script).unwrap_or_default() != text {
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(script)
+}
+
+/// Builds dom0 and returns its image, an arm64 Image: the load segments of the program, which begin with the header.
+pub fn dom0() -> Result<PathBuf> {
+    let toolchain = Toolchain::find(AARCH64)?;
+    let task = Task::new("building dom0 for aarch64");
+    let out = toolchain
+        .cargo("build", AARCH64, false)
+        .args(["--release", "--package", "dom0"])
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run cargo")?;
+    if !out.status.success() {
+        bail!("dom0 does not build:\n{}", String::from_utf8_lossy(&out.stderr));
+    }
+    let program = paths::lab().join("cargo").join(AARCH64).join("release/dom0");
+    let image = elf::flat(&fs::read(&program)?).context("dom0's program is odd")?;
+    ensure!(
+        image.get(0x38..0x3c) == Some(b"ARM\x64"),
+        "dom0's program does not begin with an arm64 Image header"
+    );
+    let path = paths::directory("images")?.join("dom0-aarch64.img");
+    fs::write(&path, &image)?;
+    task.done(&format!("{} KiB", image.len() / 1024));
+    Ok(path)
+}
