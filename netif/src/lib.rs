@@ -1,6 +1,6 @@
 #![no_std]
 #![forbid(unsafe_code)]
-//! Xen's paravirtual network protocol.
+#![doc = include_str!("../README.md")]
 
 pub mod ctrl;
 pub mod keys;
