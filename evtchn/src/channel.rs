@@ -1,6 +1,8 @@
 //! One event channel: notify, late end of interrupt, back-off.
 
+use alloc::sync::Arc;
 use core::fmt;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use hypercall::{Errno, Hypervisor, Instant, Port};
 
@@ -38,12 +40,14 @@ pub struct Channel<H: Hypervisor> {
     /// Spurious events in a row.
     spurious: u32,
     until: Option<Instant>,
+    bound: Arc<AtomicUsize>,
 }
 
 impl<H: Hypervisor> Channel<H> {
-    pub(crate) fn new(hv: H, bits: EventBits, port: Port) -> Self {
+    pub(crate) fn new(hv: H, bits: EventBits, port: Port, bound: Arc<AtomicUsize>) -> Self {
+        bound.fetch_add(1, Ordering::Relaxed);
         bits.unmask_port(port);
-        Self { hv, bits, port, spurious: 0, until: None }
+        Self { hv, bits, port, spurious: 0, until: None, bound }
     }
 
     /// Which port.
@@ -99,6 +103,7 @@ impl<H: Hypervisor> Drop for Channel<H> {
         self.bits.mask_port(self.port);
         // A port that Xen has already closed, because its peer is gone for good, is what we want.
         let _ = self.hv.close(self.port);
+        self.bound.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -1,6 +1,8 @@
 #![no_std]
 #![doc = include_str!("../README.md")]
 
+extern crate alloc;
+
 mod bits;
 mod channel;
 mod upcall;

@@ -1,7 +1,8 @@
 //! The upcall: which ports have something for us.
 
+use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use hypercall::{DomId, Errno, Hypervisor, Port, VcpuId, Virq};
 
@@ -14,6 +15,7 @@ pub struct Upcalls<H: Hypervisor> {
     bits: EventBits,
     /// Where the next scan begins, so that a busy low port cannot starve a high one.
     start: u32,
+    bound: Arc<AtomicUsize>,
 }
 
 impl<H: Hypervisor> Upcalls<H> {
@@ -24,13 +26,19 @@ impl<H: Hypervisor> Upcalls<H> {
         for word in 0..WORDS {
             bits.mask(word).store(u64::MAX, Ordering::SeqCst);
         }
-        Self { hv: hv.clone(), bits, start: 0 }
+        Self { hv: hv.clone(), bits, start: 0, bound: Arc::default() }
+    }
+
+    /// Ports that are bound now.
+    #[must_use]
+    pub fn bound(&self) -> usize {
+        self.bound.load(Ordering::Relaxed)
     }
 
     /// What drivers bind their ports with.
     #[must_use]
     pub fn binder(&self) -> Binder<H> {
-        Binder { hv: self.hv.clone(), bits: self.bits }
+        Binder { hv: self.hv.clone(), bits: self.bits, bound: Arc::clone(&self.bound) }
     }
 
     /// Whether a scan would find anything. Ask before going to sleep: an event that Xen raises after that wakes the
@@ -93,6 +101,7 @@ impl<H: Hypervisor> Upcalls<H> {
 pub struct Binder<H: Hypervisor> {
     hv: H,
     bits: EventBits,
+    bound: Arc<AtomicUsize>,
 }
 
 impl<H: Hypervisor> Binder<H> {
@@ -121,7 +130,7 @@ impl<H: Hypervisor> Binder<H> {
     }
 
     fn adopt(&self, port: Port) -> Channel<H> {
-        Channel::new(self.hv.clone(), self.bits, port)
+        Channel::new(self.hv.clone(), self.bits, port, Arc::clone(&self.bound))
     }
 }
 

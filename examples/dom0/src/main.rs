@@ -17,7 +17,7 @@ use core::num::NonZeroUsize;
 use evtchn::{Channel, Eoi, Upcalls, Work};
 use features::Features;
 use grant::Mapper;
-use hypercall::{Errno, Hypervisor, Instant, Port, Shutdown, VcpuId, Virq};
+use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Notice};
 use runtime::{BootInfo, Hv};
