@@ -432,11 +432,11 @@ proptest! {
             let mut copy = segment[..transport.payload].to_vec();
             let t = transport.offset;
             let network = headers.network;
-            let changed: &[_] = match headers.version {
-                Version::V4 => &[network + 2..network + 6, network + 10..network + 12],
-                Version::V6 => &[network + 4..network + 6],
+            let changed = match headers.version {
+                Version::V4 => [network + 2..network + 6, network + 10..network + 12],
+                Version::V6 => [network + 4..network + 6, 0..0],
             };
-            for range in changed.iter().cloned().chain([t + 4..t + 8, t + 13..t + 14, t + 16..t + 18]) {
+            for range in changed.into_iter().chain([t + 4..t + 8, t + 13..t + 14, t + 16..t + 18]) {
                 copy[range.clone()].copy_from_slice(&frame[range]);
             }
             prop_assert_eq!(&copy[..], &frame[..transport.payload]);
