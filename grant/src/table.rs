@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
 use core::num::NonZeroUsize;
-use core::ptr::NonNull;
+use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicUsize, Ordering};
 
 use crossbeam_queue::ArrayQueue;
@@ -45,7 +45,6 @@ struct Table<H: Hypervisor> {
     hv: H,
     /// Where each frame of the table is; null until grown that far.
     frames: Box<[core::sync::atomic::AtomicPtr<u8>]>,
-    grown: AtomicU32,
     /// First in, first out, so that a reference just given back is the last to be used again.
     free: ArrayQueue<u32>,
     granted: AtomicUsize,
@@ -94,20 +93,23 @@ impl<H: Hypervisor> Table<H> {
 
     /// Adds a frame of references to the pool.
     fn grow(&self) -> Result<(), GrantError> {
-        let index = self.grown.fetch_add(1, Ordering::AcqRel);
-        let Some(slot) = self.frames.get(index as usize) else {
-            self.grown.store(self.frames.len() as u32, Ordering::Release);
-            return Err(GrantError::TableFull);
-        };
-        let frame = self.hv.grant_table_frame(index).map_err(|errno| {
-            self.grown.fetch_sub(1, Ordering::AcqRel);
-            GrantError::Grow(errno)
-        })?;
-        slot.store(frame.as_ptr(), Ordering::Release);
-        let first = if index == 0 { GRANT_RESERVED_ENTRIES } else { 0 };
-        for entry in first..PER_FRAME {
-            // There is room: the queue holds every reference of the largest table.
-            let _ = self.free.push(index * PER_FRAME + entry);
+        let missing =
+            self.frames.iter().zip(0..).find(|(slot, _)| slot.load(Ordering::Acquire).is_null());
+        let (slot, index) = missing.ok_or(GrantError::TableFull)?;
+        let frame = self.hv.grant_table_frame(index).map_err(GrantError::Grow)?;
+        // Several threads may have asked for the same frame, and got the same answer: one of them adds its references.
+        let placed = slot.compare_exchange(
+            ptr::null_mut(),
+            frame.as_ptr(),
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        if placed.is_ok() {
+            let first = if index == 0 { GRANT_RESERVED_ENTRIES } else { 0 };
+            for entry in first..PER_FRAME {
+                // There is room: the queue holds every reference of the largest table.
+                let _ = self.free.push(index * PER_FRAME + entry);
+            }
         }
         Ok(())
     }
@@ -150,7 +152,6 @@ impl<H: Hypervisor> GrantTable<H> {
         Ok(Self(Arc::new(Table {
             hv: hv.clone(),
             frames: (0..max).map(|_| Default::default()).collect(),
-            grown: AtomicU32::new(0),
             free: ArrayQueue::new(entries.max(1)),
             granted: AtomicUsize::new(0),
             parked: AtomicUsize::new(0),

@@ -1,5 +1,7 @@
 //! Grant copy against a simulated Xen: the right bytes, one hypercall, and every way to fail.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use std::num::NonZeroUsize;
 
 use grant::{CopyError, CopyOps, CopyRange, FramePool, GrantTable, PeerSpan, SharedMemory};
@@ -220,11 +222,12 @@ fn a_range_of_a_longer_batch_is_no_success() {
     let from = at(w.guest.id(), page.gref(), 0);
     let mut ops = CopyOps::new(2);
     let mut frame = w.pool.take().unwrap();
-    let mut batch = ops.begin();
-    let (a, b) = frame.span_mut().split_at(16);
-    batch.pull(from, a).unwrap();
-    let second = batch.pull(from, b.split_at(16).0).unwrap();
-    drop(batch);
+    let second = {
+        let mut batch = ops.begin();
+        let (a, b) = frame.span_mut().split_at(16);
+        batch.pull(from, a).unwrap();
+        batch.pull(from, b.split_at(16).0).unwrap()
+    };
     let mut batch = ops.begin();
     batch.pull(from, frame.span_mut().split_at(16).0).unwrap();
     assert_eq!(batch.submit(&w.backend).unwrap().of(second), Err(GrantStatus::UNTOUCHED));

@@ -1,5 +1,7 @@
 //! Mapping others' grants against a simulated Xen.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+
 use std::sync::atomic::Ordering;
 
 use grant::{

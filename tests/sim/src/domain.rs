@@ -10,7 +10,7 @@ use hypercall::{DomId, ShutdownReason, VcpuId};
 
 use crate::Memory;
 use crate::events::{Bits, Events};
-use crate::faults::{Faults, Tally};
+use crate::faults::{Faults, Kind, Tally};
 use crate::grants::Grants;
 
 /// What a domain is like. Start from [`dom0`](Self::dom0) or [`guest`](Self::guest) and change what matters.
@@ -79,6 +79,7 @@ pub(crate) struct Handle {
     features: AtomicU32,
     callback: Mutex<Option<Callback>>,
     changed: Condvar,
+    hooks: Mutex<Vec<(Kind, Callback)>>,
 }
 
 impl fmt::Debug for Handle {
@@ -102,6 +103,24 @@ impl Handle {
 
     pub(crate) fn set_callback(&self, callback: Option<Callback>) {
         *self.callback() = callback;
+    }
+
+    pub(crate) fn hook(&self, kind: Kind, hook: Callback) {
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner).push((kind, hook));
+    }
+
+    /// Runs what a test wants to happen before a call. Never under the machine's lock.
+    pub(crate) fn before(&self, kind: Kind) {
+        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        if hooks.is_empty() {
+            return;
+        }
+        let due: Vec<_> =
+            hooks.iter().filter(|(of, _)| *of == kind).map(|(_, hook)| Arc::clone(hook)).collect();
+        drop(hooks);
+        for hook in due {
+            hook();
+        }
     }
 
     /// An upcall has become pending: wakes who waits, and calls who wants to be called. Never under the machine's lock.
@@ -160,6 +179,7 @@ impl Domain {
                 features: AtomicU32::new(config.features),
                 callback: Mutex::new(None),
                 changed: Condvar::new(),
+                hooks: Mutex::default(),
             }),
             privileged: config.privileged,
             cache_flush: config.cache_flush,

@@ -67,8 +67,15 @@ impl SimHv {
         self.own.set_callback(Some(Arc::new(callback)));
     }
 
+    /// Has `hook` called before each call of a kind, on the calling thread: what a peer, or another thread of the
+    /// domain, does at the worst moment.
+    pub fn before(&self, kind: Kind, hook: impl Fn() + Send + Sync + 'static) {
+        self.own.hook(kind, Arc::new(hook));
+    }
+
     fn enter(&self, kind: Kind, ops: usize) -> Result<Entered<'_>, Errno> {
         self.own.tally.call(kind, ops);
+        self.own.before(kind);
         let mut state = self.shared.lock();
         let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
         // A domain that is gone makes no hypercalls; what its objects still try comes to nothing.

@@ -1,0 +1,94 @@
+//! Features that come and go, on a simulated Xen.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use features::{Epoch, Features, XenFeatures};
+use hypercall::Errno;
+use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
+
+fn domain(bits: XenFeatures) -> (Sim, SimHv) {
+    let sim = Sim::new();
+    let hv = sim.create(DomainConfig { features: bits.bits(), ..DomainConfig::dom0() });
+    (sim, hv)
+}
+
+const IDENTITY: XenFeatures = XenFeatures::GRANT_MAP_IDENTITY;
+const DIRECT: XenFeatures = XenFeatures::DIRECT_MAPPED;
+
+#[test]
+fn a_change_is_seen_by_the_next_refresh_and_not_before() {
+    let (sim, hv) = domain(IDENTITY | DIRECT);
+    let features = Features::read(&hv).unwrap();
+    let first = features.snapshot();
+    assert!(first.has(IDENTITY | DIRECT));
+    sim.set_features(hv.id(), DIRECT.bits());
+    assert_eq!(features.snapshot(), first, "Xen gives no notice");
+    let second = features.refresh(&hv).unwrap();
+    assert!(!second.has(IDENTITY) && second.has(DIRECT));
+    assert_eq!(second.epoch(), Epoch(1));
+    assert_eq!(features.refresh(&hv).unwrap(), second, "nothing new, no new epoch");
+    sim.set_features(hv.id(), (IDENTITY | DIRECT).bits());
+    let third = features.refresh(&hv).unwrap();
+    assert_eq!((third.bits(), third.epoch()), (first.bits(), Epoch(2)));
+    assert_ne!(third, first, "the same bits at another time");
+}
+
+#[test]
+fn what_is_withdrawn_stays_withdrawn_whatever_xen_says() {
+    let (sim, hv) = domain(DIRECT);
+    let features = Features::read(&hv).unwrap();
+    features.withdraw(IDENTITY);
+    sim.set_features(hv.id(), (IDENTITY | DIRECT).bits());
+    assert!(!features.refresh(&hv).unwrap().has(IDENTITY));
+    assert!(features.withdrawn().contains(IDENTITY));
+    assert!(features.restore(IDENTITY).has(IDENTITY | DIRECT));
+    sim.set_features(hv.id(), 0);
+    assert!(features.refresh(&hv).unwrap().bits().is_empty());
+    assert!(features.restore(XenFeatures::all()).bits().is_empty(), "not advertised");
+}
+
+#[test]
+fn a_failed_read_changes_nothing() {
+    let (sim, hv) = domain(DIRECT);
+    let features = Features::read(&hv).unwrap();
+    let before = features.snapshot();
+    sim.set_features(hv.id(), 0);
+    sim.inject(hv.id(), FaultPlan::next(Kind::Features, Fault::Errno(Errno::NOSYS)));
+    assert_eq!(features.refresh(&hv), Err(Errno::NOSYS));
+    assert_eq!(features.snapshot(), before);
+    sim.inject(hv.id(), FaultPlan::next(Kind::Features, Fault::Errno(Errno::NOSYS)));
+    assert_eq!(Features::read(&hv).err(), Some(Errno::NOSYS));
+}
+
+#[test]
+fn the_last_word_holds_when_threads_disagree() {
+    let (_, hv) = domain(IDENTITY | DIRECT);
+    let features = Arc::new(Features::read(&hv).unwrap());
+    for _ in 0..200 {
+        let go = Arc::new(AtomicBool::new(false));
+        let threads = [true, false].map(|withdraw| {
+            let (features, go) = (Arc::clone(&features), Arc::clone(&go));
+            std::thread::spawn(move || {
+                while !go.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                for _ in 0..200 {
+                    if withdraw {
+                        features.withdraw(IDENTITY)
+                    } else {
+                        features.restore(IDENTITY)
+                    };
+                }
+            })
+        });
+        go.store(true, Ordering::Release);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let withdrawn = features.withdrawn().contains(IDENTITY);
+        assert_eq!(features.snapshot().has(IDENTITY), !withdrawn);
+    }
+}
