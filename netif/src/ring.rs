@@ -216,8 +216,8 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> BackRing<M, Req, Rsp> {
 
     /// The requests as an iterator; it takes what it gives.
     #[inline]
-    pub fn requests(&mut self) -> impl Iterator<Item = Req> {
-        core::iter::from_fn(|| self.take())
+    pub fn requests(&mut self) -> Requests<'_, M, Req, Rsp> {
+        Requests(self)
     }
 
     /// Requests taken and not yet answered, 0 to [`ENTRIES`](Self::ENTRIES).
@@ -274,6 +274,19 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> BackRing<M, Req, Rsp> {
     #[must_use]
     pub fn into_inner(self) -> M {
         self.memory
+    }
+}
+
+/// See [`BackRing::requests`].
+#[derive(Debug)]
+pub struct Requests<'a, M, Req, Rsp>(&'a mut BackRing<M, Req, Rsp>);
+
+impl<M: SharedMemory, Req: Slot, Rsp: Slot> Iterator for Requests<'_, M, Req, Rsp> {
+    type Item = Req;
+
+    #[inline]
+    fn next(&mut self) -> Option<Req> {
+        self.0.take()
     }
 }
 
@@ -410,8 +423,8 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> FrontRing<M, Req, Rsp> {
 
     /// The responses as an iterator; it takes what it gives.
     #[inline]
-    pub fn responses(&mut self) -> impl Iterator<Item = (u16, Rsp)> {
-        core::iter::from_fn(|| self.take())
+    pub fn responses(&mut self) -> Responses<'_, M, Req, Rsp> {
+        Responses(self)
     }
 
     /// Asks to be woken by the next response. `true`: there is one already (it may have slipped in meanwhile), so go on
@@ -439,5 +452,18 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> FrontRing<M, Req, Rsp> {
     #[must_use]
     pub fn into_inner(self) -> M {
         self.memory
+    }
+}
+
+/// See [`FrontRing::responses`].
+#[derive(Debug)]
+pub struct Responses<'a, M, Req, Rsp>(&'a mut FrontRing<M, Req, Rsp>);
+
+impl<M: SharedMemory, Req: Slot, Rsp: Slot> Iterator for Responses<'_, M, Req, Rsp> {
+    type Item = (u16, Rsp);
+
+    #[inline]
+    fn next(&mut self) -> Option<(u16, Rsp)> {
+        self.0.take()
     }
 }

@@ -4,6 +4,7 @@
 //!
 //! Two items are published one by one while the other end drains twice. One against one is too small to show anything:
 //! the event index then never changes.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 #![cfg(loom)]
 
 use core::sync::atomic::Ordering;

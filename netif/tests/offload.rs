@@ -1,4 +1,5 @@
 //! Segmentation checks on header bytes (hostile peers 21 and 22), and the names of features and keys.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use netif::keys::{self, Features, QueueKey};
 use netif::offload::{
@@ -118,7 +119,7 @@ fn hostile_22_a_checksum_that_is_not_blank_is_made_so() {
         let bytes = (0x1403_u16 + 6 + 3020).to_be_bytes();
         assert_eq!(judge(&v4(0, 0), GsoType::TCPV4, checksum), Some(FixUp { at: 50, bytes }));
         let sum: u32 =
-            (0..32).step_by(2).map(|it| it * 7 << 8 | (it + 1) * 7).sum::<u32>() + 6 + 3000;
+            (0..32).step_by(2).map(|it| ((it * 7) << 8) | ((it + 1) * 7)).sum::<u32>() + 6 + 3000;
         let bytes = ((sum & 0xffff) as u16 + (sum >> 16) as u16).to_be_bytes();
         assert_eq!(judge(&v6(&[]), GsoType::TCPV6, checksum), Some(FixUp { at: 70, bytes }));
     }

@@ -1,4 +1,5 @@
 //! Both ends of the ring over one page: accounting, wrap-around, and what a peer can write into it.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod common;
 

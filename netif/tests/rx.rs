@@ -1,4 +1,5 @@
 //! RX packets: what the backend writes is what the frontend reads, and what else may be there.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 use hypercall::PageOffset;
 use netif::offload::{Checksum, Gso, GsoFault};

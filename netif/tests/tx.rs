@@ -1,4 +1,5 @@
 //! TX chains: each verdict by name, and any bytes against a second reading of the rules.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 use netif::offload::{Checksum, Gso, GsoFault, IpVersion};
 use netif::slot::{Extra, ExtraInfo, GsoType, Mac, TxFlags, TxId, TxRequest, TxResponse, TxStatus};

@@ -2,6 +2,7 @@
 //!
 //! One table holds each C expression with our value for it; C is made from the table, so neither side can have a row that
 //! the other has not.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::vec_init_then_push)]
 
 mod common;
 

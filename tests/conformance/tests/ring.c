@@ -30,8 +30,8 @@ static void fill_rx_rsp(struct netif_rx_response *r, unsigned n)
 #define ENDS(k)                                                                   \
 static void serve_##k(void *page)                                                 \
 {                                                                                 \
-    netif_##k##_front_ring_t f = {0};                                            \
-    netif_##k##_back_ring_t b = {0};                                            \
+    netif_##k##_front_ring_t f = {0};                                             \
+    netif_##k##_back_ring_t b = {0};                                              \
     netif_##k##_sring_t *s = page;                                                \
     unsigned pushed = 0, answered = 0, n;                                         \
     char end, verb[16];                                                           \

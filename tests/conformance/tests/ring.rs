@@ -3,6 +3,7 @@
 //! The same random schedule runs on four rings: both ends in C, ours against C either way round, and both ours. After each
 //! step all must have given the same answer (what was taken, whether to notify, whether work is left) and their pages must
 //! be the same to the byte.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod common;
 
