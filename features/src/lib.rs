@@ -3,7 +3,10 @@
 #![doc = include_str!("../README.md")]
 
 use core::fmt;
+#[cfg(not(loom))]
 use core::sync::atomic::{AtomicU64, Ordering};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
 
 use bitflags::bitflags;
 use hypercall::{Errno, Hypervisor};
@@ -160,14 +163,24 @@ impl Features {
             Some(pack(withdrawn, advertised))
         };
         let _ = self.sources.fetch_update(Ordering::AcqRel, Ordering::Acquire, update);
-        let publish = |word| {
-            let (epoch, bits) = unpack(word);
-            let (withdrawn, advertised) = unpack(self.sources.load(Ordering::Acquire));
-            let usable = advertised & !withdrawn;
-            let epoch = if usable == bits { epoch } else { epoch.wrapping_add(1) };
-            Some(pack(epoch, usable))
-        };
-        let _ = self.now.fetch_update(Ordering::AcqRel, Ordering::Acquire, publish);
+        loop {
+            let mut sources = 0;
+            let publish = |word| {
+                let (epoch, bits) = unpack(word);
+                // After `now`, so that what another thread published since makes us look again.
+                sources = self.sources.load(Ordering::Acquire);
+                let (withdrawn, advertised) = unpack(sources);
+                let usable = advertised & !withdrawn;
+                let epoch = if usable == bits { epoch } else { epoch.wrapping_add(1) };
+                Some(pack(epoch, usable))
+            };
+            let _ = self.now.fetch_update(Ordering::AcqRel, Ordering::Acquire, publish);
+            // It may also have changed the sources and found nothing new to publish; then what we published is out of
+            // date. Its update of `now` comes before ours, so we see its sources here.
+            if self.sources.load(Ordering::Acquire) == sources {
+                break;
+            }
+        }
         self.snapshot()
     }
 }

@@ -2,8 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use features::{Epoch, Features, XenFeatures};
 use hypercall::Errno;
@@ -65,30 +64,31 @@ fn a_failed_read_changes_nothing() {
 
 #[test]
 fn the_last_word_holds_when_threads_disagree() {
+    const ROUNDS: u32 = 20_000;
     let (_, hv) = domain(IDENTITY | DIRECT);
-    let features = Arc::new(Features::read(&hv).unwrap());
-    for _ in 0..200 {
-        let go = Arc::new(AtomicBool::new(false));
-        let threads = [true, false].map(|withdraw| {
-            let (features, go) = (Arc::clone(&features), Arc::clone(&go));
-            std::thread::spawn(move || {
-                while !go.load(Ordering::Acquire) {
-                    std::hint::spin_loop();
-                }
-                for _ in 0..200 {
-                    if withdraw {
-                        features.withdraw(IDENTITY)
-                    } else {
-                        features.restore(IDENTITY)
-                    };
-                }
-            })
-        });
-        go.store(true, Ordering::Release);
-        for thread in threads {
-            thread.join().unwrap();
+    let features = Features::read(&hv).unwrap();
+    // Both threads speak once in each round; the first of them then compares what holds with what was said.
+    let spoken = AtomicU32::new(0);
+    let meet = |count: u32| {
+        spoken.fetch_add(1, Ordering::AcqRel);
+        while spoken.load(Ordering::Acquire) < count {
+            std::thread::yield_now();
         }
-        let withdrawn = features.withdrawn().contains(IDENTITY);
-        assert_eq!(features.snapshot().has(IDENTITY), !withdrawn);
-    }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..ROUNDS {
+                features.withdraw(IDENTITY);
+                meet(4 * round + 2);
+                meet(4 * round + 4);
+            }
+        });
+        for round in 0..ROUNDS {
+            features.restore(IDENTITY);
+            meet(4 * round + 2);
+            let withdrawn = features.withdrawn().contains(IDENTITY);
+            assert_eq!(features.snapshot().has(IDENTITY), !withdrawn);
+            meet(4 * round + 4);
+        }
+    });
 }
