@@ -90,6 +90,8 @@ impl Capture {
         if self.next + size + RECORD > capacity {
             self.make_room(capacity - self.next);
             self.put(self.next + 8, &SKIP.to_le_bytes());
+            // Counted, so that a reader knows where the next record would go.
+            self.written += (capacity - self.next) as u64;
             self.next = 0;
         }
         self.make_room(size);

@@ -2,11 +2,12 @@
 //!
 //! A 32-byte header (magic, bytes ever written, bytes of the area, offset of the oldest record; 64-bit little-endian
 //! each), then the area: records of four 32-bit words (seconds, microseconds, bytes kept, bytes on the wire) and the
-//! bytes, padded to four. A record does not wrap; one of length `SKIP` says that the next is at the start.
+//! bytes, padded to four. A record does not wrap; one of length `SKIP` says that the next is at the start,
+//! and what it skips counts as written.
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-const MAGIC: u64 = 0x5041_4350_5249_4e47;
+const MAGIC: u64 = 0x5041_4352_5049_4e47;
 const HEADER: usize = 32;
 const RECORD: usize = 16;
 const SKIP: u32 = 0xffff_ffff;
@@ -36,32 +37,27 @@ pub fn pcap(ring: &[u8]) -> Result<(Vec<u8>, usize)> {
     if written == 0 {
         return Ok((out, 0));
     }
-    // The newest record ends where the next would begin.
-    let end = usize::try_from(written % u64::try_from(capacity)?)?;
-    let (mut at, mut frames, mut walked) = (oldest, 0, 0);
-    loop {
-        // What is left at the end of the area may be too little even for a mark.
-        let skip = capacity - at < RECORD || word(area, at + 8)? == SKIP;
-        let step = if skip {
-            capacity - at
+    let next = usize::try_from(written % u64::try_from(capacity)?)?;
+    let (mut at, mut frames) = (oldest, 0);
+    for _ in 0..capacity / RECORD + 2 {
+        let kept = word(area, at + 8)?;
+        if kept == SKIP {
+            at = 0;
         } else {
-            let kept = usize::try_from(word(area, at + 8)?)?;
-            let step = RECORD + kept.next_multiple_of(4);
-            let record = area.get(at..at + RECORD + kept);
-            let Some(record) = record else {
-                bail!("a record of {kept} bytes at {at} in the capture ring")
-            };
+            let size = usize::try_from(kept)?;
+            let end = at + RECORD + size;
+            let record = area
+                .get(at..end)
+                .with_context(|| format!("a record of {size} bytes at {at} in the capture ring"))?;
             out.extend(record);
             frames += 1;
-            step
-        };
-        walked += step;
-        at = (at + step) % capacity;
-        if at == end {
+            at += RECORD + size.next_multiple_of(4);
+        }
+        if at == next {
             return Ok((out, frames));
         }
-        ensure!(walked <= capacity, "the capture ring has no end");
     }
+    bail!("the capture ring has no end")
 }
 
 #[cfg(test)]
@@ -72,13 +68,20 @@ mod tests {
     struct Ring {
         area: Vec<u8>,
         written: u64,
+        next: usize,
         oldest: usize,
         live: std::collections::VecDeque<(usize, usize)>,
     }
 
     impl Ring {
         fn new(capacity: usize) -> Self {
-            Self { area: vec![0; capacity], written: 0, oldest: 0, live: Default::default() }
+            Self {
+                area: vec![0; capacity],
+                written: 0,
+                next: 0,
+                oldest: 0,
+                live: Default::default(),
+            }
         }
 
         fn make_room(&mut self, from: usize, to: usize) {
@@ -89,13 +92,12 @@ mod tests {
 
         fn push(&mut self, data: &[u8]) {
             let size = RECORD + data.len().next_multiple_of(4);
-            let mut at = (self.written % self.area.len() as u64) as usize;
+            let mut at = self.next;
             let left = self.area.len() - at;
-            if size > left {
+            // A mark needs a record's head of its own.
+            if size + RECORD > left {
                 self.make_room(at, self.area.len());
-                if left >= RECORD {
-                    self.area[at + 8..at + 12].copy_from_slice(&SKIP.to_le_bytes());
-                }
+                self.area[at + 8..at + 12].copy_from_slice(&SKIP.to_le_bytes());
                 self.written += left as u64;
                 at = 0;
             }
@@ -106,6 +108,7 @@ mod tests {
             }
             self.area[at + RECORD..at + RECORD + data.len()].copy_from_slice(data);
             self.written += size as u64;
+            self.next = at + size;
             self.live.push_back((at, at + size));
             self.oldest = self.live[0].0;
         }
@@ -125,7 +128,7 @@ mod tests {
         for capacity in [256, 300, 512] {
             let mut ring = Ring::new(capacity);
             for n in 0..200_u8 {
-                ring.push(&vec![n; usize::from(n % 61)]);
+                ring.push(&vec![n.max(1); usize::from(n % 61)]);
                 let (file, frames) = pcap(&ring.bytes()).unwrap();
                 assert_eq!(frames, ring.live.len(), "after {n} in {capacity}");
                 if n % 61 > 0 {

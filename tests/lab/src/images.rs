@@ -30,8 +30,9 @@ macro_rules! embedded {
 
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
-    "abuse" "at" "cnt" "crash" "domains" "feat" "file" "filesum" "garbage" "met" "net" "pings" "private" "reload"
-    "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "urecv" "usend" "vifs"
+    "abuse" "at" "cnt" "crash" "feat" "file" "filesum" "garbage" "met" "net" "pings" "private" "reload"
+    "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
+    "usend"
 );
 
 const LIBRARIES: &[&str] = &[
@@ -95,21 +96,15 @@ impl Source {
             "xen-gntalloc",
             "xen-privcmd",
         ])?;
-        for name in ["xenstored", "xl", "init-dom0less", "xen-init-dom0"] {
+        for name in ["xenstored", "init-dom0less", "xen-init-dom0"] {
             self.program(&mut tree, &format!("usr/lib/xen-4.17/bin/{name}"))?;
         }
-        // Loaded by name when a thread of xl is cancelled.
-        let library = "libgcc_s.so.1";
-        let to = format!("usr/lib/aarch64-linux-gnu/{library}");
-        self.binary(&mut tree, &format!("lib/aarch64-linux-gnu/{library}"), &to)?;
         let helper = "usr/lib/xen-4.17/bin/init-dom0less";
         let path = self.real(helper).context("no init-dom0less among the packages")?;
         tree.file(helper, repaired(fs::read(path)?)?, true);
         tree.file("init", include_str!("../guest/dom0-init"), true);
-        tree.file("etc/xen/scripts/vif-lab", include_str!("../guest/vif-lab"), true);
         tree.link("var/run", "/run");
         tree.link("var/lock", "/run/lock");
-        tree.file("etc/xen/xl.conf", "", false);
         Ok(tree)
     }
 
@@ -126,6 +121,7 @@ impl Source {
             "usr/bin/xenstore-read",
             "usr/bin/xenstore-write",
             "usr/bin/xenstore-rm",
+            "usr/bin/xenstore-chmod",
             "usr/bin/xenstore-ls",
             "usr/bin/xenstore-list",
             "sbin/ethtool",

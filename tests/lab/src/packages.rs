@@ -1,6 +1,7 @@
 //! Debian packages by name: downloaded and unpacked under `target/lab`, without touching the machine's own packages.
 //! Only QEMU, which runs on the machine itself, is installed, and only if it is missing.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -36,7 +37,6 @@ pub const GUEST: &[&str] = &[
 /// What Linux as dom0 needs beside them (arm64).
 pub const LINUX_DOM0: &[&str] = &[
     "xen-utils-4.17",
-    "libgcc-s1",
     "libxenmisc4.17",
     "libxencall1",
     "libxendevicemodel1",
@@ -51,14 +51,12 @@ pub const LINUX_DOM0: &[&str] = &[
     "zlib1g",
 ];
 
-/// Debian's Rust with its source, for machines where rustup cannot install a target (the machine's own architecture).
-pub const RUST: &[&str] =
-    &["rustc-web", "rust-web-src", "libstd-rust-web-dev", "libstd-rust-web-1.", "libllvm"];
-
 /// A place to unpack packages of one architecture.
 pub struct Packages {
     arch: String,
     dir: PathBuf,
+    /// The lists have been read by this program.
+    updated: Cell<bool>,
 }
 
 /// Runs a command to its end; a failure names it and shows the end of what it said.
@@ -111,7 +109,7 @@ impl Packages {
     /// The place for packages of Debian architecture `arch`: `target/lab/packages/ARCH`.
     pub fn new(arch: &str) -> Result<Self> {
         let dir = paths::directory(&format!("packages/{arch}"))?;
-        Ok(Self { arch: arch.to_owned(), dir })
+        Ok(Self { arch: arch.to_owned(), dir, updated: Cell::new(false) })
     }
 
     /// The tree they are unpacked into.
@@ -145,6 +143,9 @@ impl Packages {
     }
 
     fn update(&self) -> Result<()> {
+        if self.updated.get() {
+            return Ok(());
+        }
         ensure!(
             on_debian() && paths::program("dpkg-deb").is_some(),
             "the lab's packages come from Debian: run it on Debian 12, or in a Debian 12 container"
@@ -153,6 +154,7 @@ impl Packages {
         // A list of some third party that fails does not matter; what matters shows at the download.
         let _ = self.apt("apt-get")?.args(["-q", "update"]).output();
         task.done("read");
+        self.updated.set(true);
         Ok(())
     }
 
@@ -163,12 +165,11 @@ impl Packages {
             return Ok(());
         }
         self.update()?;
-        let names = missing.iter().map(|n| self.resolve(n)).collect::<Result<Vec<_>>>()?;
-        self.download(&names)?;
-        let task = Task::new(format!("unpacking {} packages", names.len()));
+        self.download(&missing)?;
+        let task = Task::new(format!("unpacking {} packages", missing.len()));
         fs::create_dir_all(self.dir.join("unpacked"))?;
         let debs = files(&self.dir.join("debs"))?;
-        for (asked, name) in missing.iter().zip(&names) {
+        for name in missing {
             task.detail(name);
             let start = format!("{name}_");
             let deb = debs
@@ -177,14 +178,14 @@ impl Packages {
                 .max()
                 .with_context(|| format!("apt-get did not download {name}"))?;
             run(Command::new("dpkg-deb").arg("-x").arg(deb).arg(self.root()))?;
-            fs::write(self.stamp(asked), deb.display().to_string())?;
+            fs::write(self.stamp(name), deb.display().to_string())?;
         }
         task.done("unpacked");
         Ok(())
     }
 
     /// Downloads with a bar of bytes.
-    fn download(&self, names: &[String]) -> Result<()> {
+    fn download(&self, names: &[&str]) -> Result<()> {
         let debs = self.dir.join("debs");
         fs::create_dir_all(&debs)?;
         let uris = run(self
@@ -222,14 +223,17 @@ impl Packages {
         Ok(())
     }
 
-    /// The full name of a package: a name that ends in "." or is a family ("libllvm") stands for its newest member that
-    /// the Rust compiler depends on.
-    fn resolve(&self, name: &str) -> Result<String> {
-        if !name.ends_with('.') && name != "libllvm" {
-            return Ok(name.to_owned());
+    /// Downloads Debian's Rust with its source, for machines where rustup cannot install a target.
+    pub fn rust(&self) -> Result<()> {
+        if self.stamp("rust").exists() {
+            return Ok(());
         }
-        let of = if name == "libllvm" { "rustc-web" } else { "libstd-rust-web-dev" };
-        self.depends(of, name)
+        self.update()?;
+        let std = self.depends("libstd-rust-web-dev", "libstd-rust-web-")?;
+        let llvm = self.depends(&std, "libllvm")?;
+        self.fetch(&["rustc-web", "rust-web-src", "libstd-rust-web-dev", &std, &llvm])?;
+        fs::write(self.stamp("rust"), "")?;
+        Ok(())
     }
 
     /// The first dependency of `package` whose name starts with `start`.

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::elf;
-use crate::packages::{Packages, RUST, run};
+use crate::packages::{Packages, run};
 use crate::paths;
 use crate::ui::Task;
 
@@ -96,7 +96,7 @@ impl Toolchain {
 fn debian_rustc() -> Result<PathBuf> {
     let out = run(Command::new("dpkg").arg("--print-architecture"))?;
     let packages = Packages::new(String::from_utf8_lossy(&out.stdout).trim())?;
-    packages.fetch(RUST)?;
+    packages.rust()?;
     let root = packages.root();
     let libraries = fs::read_dir(root.join("usr/lib"))?
         .filter_map(Result::ok)

@@ -30,7 +30,7 @@ pub fn boot(name: &'static str) -> Result<()> {
 pub fn test(name: &'static str) -> Result<Tally> {
     let images = images::prepare(true)?;
     let mut run = Run::start(name, &plan(&images, ""))?;
-    let made = run.expect(Source::Dom(0), 180, "dom0: ready", |l| {
+    let made = run.expect(Source::Dom(0), 300, "dom0: ready", |l| {
         l.text.contains("dom0: ready").then_some(l.text.clone())
     });
     let up = run.check("dom0 is up", Source::Dom(0), made);

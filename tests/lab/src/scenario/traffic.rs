@@ -19,7 +19,7 @@ pub fn guests_ready(run: &mut Run, seconds: u64) -> bool {
 
 /// Checks that a guest sees carrier.
 pub fn carrier(run: &mut Run, domain: usize) {
-    let made = run.good(domain, "state", 20).and_then(|a| {
+    let made = run.good(domain, "up", 89).and_then(|a| {
         ensure!(a.value("carrier") == Some("1"), "no carrier: {}", a.text());
         Ok(a.text())
     });
