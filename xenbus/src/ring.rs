@@ -53,8 +53,13 @@ impl sealed::End for ServerEnd {
 
 /// The peer's index lies further from ours than a ring is long. No byte of this ring can be trusted any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("store ring indices are more than a ring apart")]
-pub struct BadIndex;
+#[error("store ring indices {ahead:#x} and {behind:#x} are more than a ring apart")]
+pub struct BadIndex {
+    /// The producer's.
+    pub ahead: u32,
+    /// The consumer's.
+    pub behind: u32,
+}
 
 /// Why [`StoreRing::exchange`] stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -112,7 +117,7 @@ impl<M: SharedMemory, E: sealed::End> StoreRing<M, E> {
     pub fn read(&mut self, to: &mut [u8]) -> Result<usize, BadIndex> {
         // Acquire: the bytes were written before the index was.
         let prod = self.page.load_u32(E::IN.prod, Ordering::Acquire);
-        let available = self.check(prod.wrapping_sub(self.cons))?;
+        let available = self.check(prod, self.cons)?;
         let count = available.min(to.len());
         let to = to.get_mut(..count).unwrap_or_default();
         let (offset, until_end) = place(self.cons);
@@ -137,7 +142,7 @@ impl<M: SharedMemory, E: sealed::End> StoreRing<M, E> {
     pub fn write(&mut self, from: &[u8]) -> Result<usize, BadIndex> {
         // Acquire: the bytes we write over were read before the index was written.
         let cons = self.page.load_u32(E::OUT.cons, Ordering::Acquire);
-        let used = self.check(self.prod.wrapping_sub(cons))?;
+        let used = self.check(self.prod, cons)?;
         let count = (size() - used).min(from.len());
         let from = from.get(..count).unwrap_or_default();
         let (offset, until_end) = place(self.prod);
@@ -159,9 +164,10 @@ impl<M: SharedMemory, E: sealed::End> StoreRing<M, E> {
         self.page.load_u32(CONNECTION, Ordering::Acquire) == CONNECTED
     }
 
-    fn check(&mut self, distance: u32) -> Result<usize, BadIndex> {
+    fn check(&mut self, ahead: u32, behind: u32) -> Result<usize, BadIndex> {
+        let distance = ahead.wrapping_sub(behind);
         self.broken |= distance > RING_SIZE;
-        if self.broken { Err(BadIndex) } else { Ok(distance as usize) }
+        if self.broken { Err(BadIndex { ahead, behind }) } else { Ok(distance as usize) }
     }
 }
 

@@ -9,8 +9,9 @@ use hypercall::abi::hvm_param;
 use hypercall::{DomId, Errno, Gfn, Instant, PAGE_SIZE, Port, Toolstack};
 use runtime::Hv;
 use xenbus::client::Client;
-use xenbus::ring::{ServerEnd, StoreRing};
+use xenbus::ring::{BadIndex, ServerEnd, StoreRing};
 use xenbus::server::{ConnId, Fault, Quotas, Server};
+use xenbus::wire::interface;
 
 /// Where Xen's tools put a dom0less guest's store page: `GUEST_MAGIC_BASE` (arch-arm.h) and `XENSTORE_PFN_OFFSET`.
 const STORE_FRAME: Gfn = Gfn(0x39001);
@@ -134,7 +135,7 @@ impl Store {
                     }
                 }
                 Err(fault) => {
-                    log::warn!("domain {domain}: store ring broken ({fault}); not served any more");
+                    log::warn!("domain {domain}: {fault}; its store is not served any more");
                     *self.faults.entry(*domain).or_default() += 1;
                     guest.ready = false;
                     guest.ring.report(fault.interface_error());
@@ -173,13 +174,33 @@ impl Store {
     }
 }
 
+/// Why a guest's ring is not served any more.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    /// Its indices make no sense.
+    #[error(transparent)]
+    Ring(#[from] BadIndex),
+    /// What came by it makes no sense.
+    #[error(transparent)]
+    Stream(#[from] Fault),
+}
+
+impl Broken {
+    fn interface_error(&self) -> u32 {
+        match self {
+            Self::Ring(_) => interface::ERROR_RINGIDX,
+            Self::Stream(fault) => fault.interface_error(),
+        }
+    }
+}
+
 struct Served {
     moved: bool,
     more: bool,
 }
 
 impl Guest {
-    fn serve(&mut self, server: &mut Server) -> Result<Served, Fault> {
+    fn serve(&mut self, server: &mut Server) -> Result<Served, Broken> {
         let mut moved = false;
         if !self.ring.is_connected() {
             server.reset(self.conn);
@@ -191,12 +212,12 @@ impl Guest {
         for _ in 0..ROUNDS {
             let mut step = 0;
             let output = server.pending_output(self.conn);
-            let written = self.ring.write(output).map_err(|_| Fault::Closed)?;
+            let written = self.ring.write(output)?;
             server.consume_output(self.conn, written);
             step += written;
             if self.input.is_empty() && server.wants_input(self.conn) {
                 let mut bytes = [0; 1024];
-                let read = self.ring.read(&mut bytes).map_err(|_| Fault::Closed)?;
+                let read = self.ring.read(&mut bytes)?;
                 self.input.extend_from_slice(bytes.get(..read).unwrap_or_default());
                 step += read;
             }
