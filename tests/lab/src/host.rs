@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::packages;
 use crate::paths;
 use crate::run::{Tally, fresh};
 use crate::toolchain::{AARCH64, Toolchain, X86_64};
@@ -62,6 +63,7 @@ fn tests(name: &str, label: &str, mut command: Command) -> Result<Tally> {
 
 /// All host tests, and every package's models under loom.
 pub fn test() -> Result<Tally> {
+    packages::headers()?;
     fresh("host")?;
     let mut all = cargo(&["test", "--workspace", "--no-fail-fast"]);
     all.env("CARGO_TERM_COLOR", "never");

@@ -69,6 +69,7 @@ fn act(what: &What) -> Result<ExitCode> {
     match what {
         What::Setup => {
             packages::qemu()?;
+            packages::headers()?;
             images::prepare(false)?;
             toolchain::Toolchain::find(toolchain::AARCH64)?;
             println!("ready: everything is in {}", paths::shown(&paths::lab()));

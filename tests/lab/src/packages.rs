@@ -83,26 +83,40 @@ fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|o| o.stdout.starts_with(b"0\n"))
 }
 
-/// Sees to it that QEMU for arm64 is on this machine.
+/// QEMU for arm64; installed if it is missing.
 pub fn qemu() -> Result<PathBuf> {
-    if let Some(found) = paths::program("qemu-system-aarch64") {
-        return Ok(found);
+    let name = "qemu-system-aarch64";
+    if paths::program(name).is_none() {
+        install(name, "qemu-system-arm")?;
     }
+    paths::program(name).with_context(|| format!("{name} is still missing"))
+}
+
+/// What the host tests compare the wire formats with; installed if it is missing.
+pub fn headers() -> Result<()> {
+    if !Path::new("/usr/include/xen/xen.h").exists() {
+        install("/usr/include/xen/xen.h", "libxen-dev")?;
+    }
+    Ok(())
+}
+
+/// Installs a package of Debian on this machine, if that is possible.
+fn install(missing: &str, package: &str) -> Result<()> {
     ensure!(
         on_debian() && is_root(),
-        "qemu-system-aarch64 is missing: install it (on Debian: apt-get install qemu-system-arm)"
+        "{missing} is missing: install it (on Debian: apt-get install {package})"
     );
-    let task = Task::new("installing qemu-system-arm");
+    let task = Task::new(format!("installing {package}"));
     run(Command::new("apt-get").args(["-q", "update"]))?;
     run(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args([
         "-q",
         "-y",
         "--no-install-recommends",
         "install",
-        "qemu-system-arm",
+        package,
     ]))?;
     task.done("installed");
-    paths::program("qemu-system-aarch64").context("qemu-system-arm has no qemu-system-aarch64")
+    Ok(())
 }
 
 impl Packages {
