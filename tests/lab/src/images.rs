@@ -30,7 +30,7 @@ macro_rules! embedded {
 
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
-    "abuse" "at" "cnt" "crash" "feat" "file" "filesum" "garbage" "met" "net" "pings" "private" "reload"
+    "abuse" "at" "cnt" "crash" "feat" "file" "filesum" "garbage" "get" "met" "net" "pings" "private" "reload"
     "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
     "usend"
 );
@@ -128,8 +128,8 @@ impl Source {
         ] {
             self.program(&mut tree, name)?;
         }
-        // As /lab comes first in PATH, this is ping rather than busybox's.
-        self.binary(&mut tree, "bin/ping", "lab/ping")?;
+        // Called by its path: busybox's shell prefers its own.
+        self.binary(&mut tree, "bin/ping", "usr/bin/ping")?;
         self.directory(&mut tree, "usr/lib/aarch64-linux-gnu/perl-base")?;
         tree.file("lab/agent", include_str!("../guest/agent"), true);
         for (name, text) in STEPS {
