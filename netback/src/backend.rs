@@ -11,6 +11,7 @@ use evtchn::Binder;
 use grant::Mapper;
 use hypercall::{DomId, Handle, Hypervisor, Instant, Port};
 use netif::keys::Features;
+use netif::mac::MacAddr;
 use xenbus::client::{Client, Event, JobId, Outcome, WatchId};
 use xenbus::device::{State, parse_u32};
 
@@ -19,7 +20,7 @@ use crate::deliver::{Fit, fit};
 use crate::negotiate::MAX_QUEUES;
 use crate::packet::{Packet, Pools};
 use crate::queue::Queue;
-use crate::switch::{Destination, Learned, MacAddr, PortId, Seed, Switch, SwitchLimits};
+use crate::switch::{Destination, Learned, PortId, Seed, Switch, SwitchLimits};
 use crate::vif::{Around, Notice, Vif, VifId};
 
 /// The directory of all vifs, relative to our own.

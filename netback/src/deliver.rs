@@ -4,8 +4,13 @@ use hypercall::{Hypervisor, Instant, PAGE_SIZE};
 use netif::keys::Features;
 use netif::offload::{Checksum, Gso, IpVersion};
 
+use crate::offload::checksum::Fill;
 use crate::offload::{checksum, headers, segment};
 use crate::packet::{Packet, Pools};
+
+/// Segments one packet may be cut into: 64 KiB into the smallest that IP lets TCP count on, 536 bytes. A guest that asks
+/// for smaller ones would have a buffer spent on every few bytes.
+const MAX_SEGMENTS: usize = 128;
 
 /// What became of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,7 +36,7 @@ pub(crate) fn fit<H: Hypervisor>(
             enqueue(packet);
             return Fit::Done;
         }
-        return cut(&packet, gso, pools, now, enqueue);
+        return cut(&packet, gso, features, pools, now, enqueue);
     }
     if packet.len() > PAGE_SIZE && !features.contains(Features::SG) {
         return Fit::TooBig;
@@ -55,8 +60,8 @@ const fn gso_feature(gso: Gso) -> Features {
 
 fn takes_blank(frame: &[u8], features: Features) -> bool {
     match headers::parse(frame).map(|found| found.version) {
-        Some(headers::Version::V4) => features.contains(Features::IPV4_CSUM),
-        Some(headers::Version::V6) => features.contains(Features::IPV6_CSUM),
+        Some(IpVersion::V4) => features.contains(Features::IPV4_CSUM),
+        Some(IpVersion::V6) => features.contains(Features::IPV6_CSUM),
         None => false,
     }
 }
@@ -64,6 +69,7 @@ fn takes_blank(frame: &[u8], features: Features) -> bool {
 fn cut<H: Hypervisor>(
     packet: &Packet<H>,
     gso: Gso,
+    features: Features,
     pools: &Pools<H>,
     now: Instant,
     mut enqueue: impl FnMut(Packet<H>),
@@ -71,12 +77,19 @@ fn cut<H: Hypervisor>(
     let Some(segments) = segment::segments(packet.bytes(), gso.size.get()) else {
         return Fit::TooBig;
     };
+    if segments.count() > MAX_SEGMENTS || segments.max_len() > PAGE_SIZE {
+        return Fit::TooBig;
+    }
+    let (fill, checksum) = if takes_blank(packet.bytes(), features) {
+        (Fill::Blank, Checksum::Blank)
+    } else {
+        (Fill::Complete, Checksum::Validated)
+    };
     for index in 0..segments.count() {
-        let Some(mut piece) = pools.packet(PAGE_SIZE, now) else { return Fit::NoBuffer };
-        let written = segments.write(index, checksum::Checksum::Complete, piece.bytes_mut());
-        let Some(len) = written else { return Fit::TooBig };
+        let Some(mut piece) = pools.packet(segments.max_len(), now) else { return Fit::NoBuffer };
+        let Some(len) = segments.write(index, fill, piece.bytes_mut()) else { return Fit::TooBig };
         piece.set_len(len);
-        piece.checksum = Checksum::Validated;
+        piece.checksum = checksum;
         piece.flow = packet.flow;
         enqueue(piece);
     }

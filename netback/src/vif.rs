@@ -13,6 +13,7 @@ use evtchn::Binder;
 use grant::Mapper;
 use hypercall::{DomId, Handle, Hypervisor, Instant};
 use netif::keys::{self, Features};
+use netif::mac::MacAddr;
 use xenbus::client::{Change, Client, Error, JobId, Outcome, WatchId};
 use xenbus::device::backend::{on_fault, on_frontend};
 use xenbus::device::{Action, State, parse_u32};
@@ -23,7 +24,6 @@ use crate::negotiate;
 use crate::packet::Flow;
 use crate::queue::{Connector, Queue};
 use crate::rate::RateLimit;
-use crate::switch::MacAddr;
 
 /// Nanoseconds that a frontend which broke the protocol waits before it may connect again; doubled each time.
 const FIRST_PENALTY: u64 = 100_000_000;

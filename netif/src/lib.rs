@@ -4,6 +4,7 @@
 
 pub mod ctrl;
 pub mod keys;
+pub mod mac;
 pub mod offload;
 pub mod ring;
 pub mod rx;

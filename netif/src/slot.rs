@@ -7,6 +7,8 @@ use bitflags::bitflags;
 use grant::SharedMemory;
 use hypercall::GrantRef;
 
+use crate::mac::MacAddr;
+
 pub(crate) mod sealed {
     pub trait Sealed {}
 }
@@ -313,11 +315,6 @@ impl GsoType {
     pub const TCPV6: Self = Self(2);
 }
 
-/// An Ethernet address.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[repr(transparent)]
-pub struct Mac(pub [u8; 6]);
-
 /// The meaning of an extra (the union in `struct netif_extra_info`), as it came: nothing in it has been judged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ExtraInfo {
@@ -331,9 +328,9 @@ pub enum ExtraInfo {
         features: u16,
     },
     /// `XEN_NETIF_EXTRA_TYPE_MCAST_ADD`: let this multicast address through. The request carries no packet.
-    McastAdd(Mac),
+    McastAdd(MacAddr),
     /// `XEN_NETIF_EXTRA_TYPE_MCAST_DEL`: no longer.
-    McastDel(Mac),
+    McastDel(MacAddr),
     /// `XEN_NETIF_EXTRA_TYPE_HASH`: a hash over the packet's addresses.
     Hash {
         /// `_XEN_NETIF_CTRL_HASH_TYPE_*`: over which fields.
@@ -397,8 +394,8 @@ impl Extra {
                 kind: GsoType(c),
                 features: u16::from_le_bytes([e, f]),
             },
-            Self::MCAST_ADD => ExtraInfo::McastAdd(Mac([a, b, c, d, e, f])),
-            Self::MCAST_DEL => ExtraInfo::McastDel(Mac([a, b, c, d, e, f])),
+            Self::MCAST_ADD => ExtraInfo::McastAdd(MacAddr([a, b, c, d, e, f])),
+            Self::MCAST_DEL => ExtraInfo::McastDel(MacAddr([a, b, c, d, e, f])),
             Self::HASH => ExtraInfo::Hash { kind: a, algorithm: b, value: [c, d, e, f] },
             Self::XDP => ExtraInfo::Xdp { headroom: u16::from_le_bytes([a, b]) },
             kind => return Err(UnknownExtra { kind, more }),
@@ -414,8 +411,8 @@ impl Extra {
                 let ([a, b], [e, f]) = (size.to_le_bytes(), features.to_le_bytes());
                 (Self::GSO, [a, b, kind.0, 0, e, f])
             }
-            ExtraInfo::McastAdd(Mac(mac)) => (Self::MCAST_ADD, mac),
-            ExtraInfo::McastDel(Mac(mac)) => (Self::MCAST_DEL, mac),
+            ExtraInfo::McastAdd(MacAddr(mac)) => (Self::MCAST_ADD, mac),
+            ExtraInfo::McastDel(MacAddr(mac)) => (Self::MCAST_DEL, mac),
             ExtraInfo::Hash { kind, algorithm, value: [c, d, e, f] } => {
                 (Self::HASH, [kind, algorithm, c, d, e, f])
             }

@@ -9,9 +9,10 @@ use grant::SharedMemory;
 use heapless::Vec;
 use hypercall::{GrantRef, PAGE_SIZE};
 
+use crate::mac::MacAddr;
 use crate::offload::{Checksum, ETHERNET_HEADER, Gso, GsoFault};
 use crate::ring::{Full, RingFault, TxBackRing};
-use crate::slot::{ExtraInfo, Mac, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
+use crate::slot::{ExtraInfo, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
 
 /// Most slots with data that a packet may have: a head and `XEN_NETIF_NR_SLOTS_MIN` more.
 pub const MAX_SLOTS: usize = 1 + MAX_FOLLOW_ONS;
@@ -134,9 +135,9 @@ impl Verdict {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MulticastChange {
     /// `XEN_NETIF_EXTRA_TYPE_MCAST_ADD`
-    Add(Mac),
+    Add(MacAddr),
     /// `XEN_NETIF_EXTRA_TYPE_MCAST_DEL`
-    Remove(Mac),
+    Remove(MacAddr),
 }
 
 /// Why a packet is dropped.
@@ -195,8 +196,8 @@ struct Extras {
     /// As it came: it is judged after the packet it belongs to is known not to be dropped.
     gso: Option<(u16, crate::slot::GsoType)>,
     hash: Option<PacketHash>,
-    add: Option<Mac>,
-    remove: Option<Mac>,
+    add: Option<MacAddr>,
+    remove: Option<MacAddr>,
 }
 
 /// If two extras are of one type, the last one counts.

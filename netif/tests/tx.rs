@@ -1,8 +1,9 @@
 //! TX chains: each verdict by name, and any bytes against a second reading of the rules.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
+use netif::mac::MacAddr;
 use netif::offload::{Checksum, Gso, GsoFault, IpVersion};
-use netif::slot::{Extra, ExtraInfo, GsoType, Mac, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
+use netif::slot::{Extra, ExtraInfo, GsoType, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
 use netif::tx::{Answers, DropReason, MulticastChange, PeerFault, Verdict, assemble};
 use proptest::prelude::*;
 
@@ -192,7 +193,7 @@ fn hostile_19_20_segmentation_that_means_nothing() {
 
 #[test]
 fn hostile_23_multicast() {
-    let mac = Mac([1, 0, 0x5e, 0, 0, 1]);
+    let mac = MacAddr([1, 0, 0x5e, 0, 0, 1]);
     let extra = |info| TxRequest::from_extra(Extra { more: false, info });
     for (info, expected) in [
         (ExtraInfo::McastAdd(mac), MulticastChange::Add(mac)),

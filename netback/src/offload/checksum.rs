@@ -1,10 +1,12 @@
 //! The Internet checksum of TCP and UDP (RFC 1071).
 
-use super::headers::{self, Headers, Protocol, Transport, Version};
+use netif::offload::IpVersion;
+
+use super::headers::{self, Headers, Protocol, Transport};
 
 /// What a checksum field is left with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Checksum {
+pub enum Fill {
     /// The checksum: for a receiver that checks it.
     Complete,
     /// The sum over the pseudo-header alone, not inverted (Linux `CHECKSUM_PARTIAL`): for a receiver that was told, by
@@ -59,8 +61,8 @@ impl Sum {
 /// The pseudo-header's sum, all but its length field (RFC 9293, 3.1; RFC 8200, 8.1).
 pub(super) fn pseudo(frame: &[u8], headers: &Headers, protocol: Protocol) -> Option<Sum> {
     let (first, length) = match headers.version {
-        Version::V4 => (12, 8),
-        Version::V6 => (8, 32),
+        IpVersion::V4 => (12, 8),
+        IpVersion::V6 => (8, 32),
     };
     let addresses = frame.get(headers.network..)?.get(first..)?.get(..length)?;
     Some(Sum::default().add(addresses).add_u32(u32::from(protocol.number())))
@@ -97,7 +99,7 @@ fn try_complete(frame: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// Leaves the checksum of a TCP or UDP packet blank, as [`Checksum::Blank`] has it. False, and nothing changed, if
+/// Leaves the checksum of a TCP or UDP packet blank, as [`Fill::Blank`] has it. False, and nothing changed, if
 /// [`headers::parse`] finds no transport.
 #[must_use]
 pub fn blank(frame: &mut [u8]) -> bool {
@@ -113,7 +115,7 @@ pub fn is_valid(frame: &[u8]) -> bool {
         let (headers, transport, sum) = locate(frame)?;
         let packet = frame.get(transport.offset..transport.end)?;
         if transport.protocol == Protocol::Udp && packet.get(6..8)? == [0; 2] {
-            return Some(headers.version == Version::V4);
+            return Some(headers.version == IpVersion::V4);
         }
         Some(sum.add(packet).finish() == [0; 2])
     };

@@ -1,5 +1,7 @@
 //! Where the headers of a frame are.
 
+use netif::offload::IpVersion;
+
 /// Length of an Ethernet header without tags.
 pub const ETHERNET_LEN: usize = 14;
 
@@ -10,15 +12,6 @@ const MAX_TAGS: usize = 2;
 const MAX_EXTENSIONS: usize = 8;
 
 const IPV6_LEN: usize = 40;
-
-/// The version of IP.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Version {
-    /// RFC 791.
-    V4,
-    /// RFC 8200.
-    V6,
-}
 
 /// The transport protocols whose checksums can be left blank.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -87,7 +80,7 @@ impl Transport {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Headers {
     /// The version of IP; the type field and the header agree about it.
-    pub version: Version,
+    pub version: IpVersion,
     /// Where IP's header starts: after the Ethernet header and up to two VLAN tags.
     pub network: usize,
     /// Where the IP packet ends; the frame may have padding after that.
@@ -138,7 +131,7 @@ fn parse_v4(frame: &[u8], network: usize) -> Option<Headers> {
         true => None,
         false => parse_transport(frame, number, network + header_len, end),
     };
-    Some(Headers { version: Version::V4, network, end, transport })
+    Some(Headers { version: IpVersion::V4, network, end, transport })
 }
 
 fn parse_v6(frame: &[u8], network: usize) -> Option<Headers> {
@@ -150,7 +143,7 @@ fn parse_v6(frame: &[u8], network: usize) -> Option<Headers> {
     }
     let transport = walk_extensions(frame, next, network + IPV6_LEN, end)
         .and_then(|(number, at)| parse_transport(frame, number, at, end));
-    Some(Headers { version: Version::V6, network, end, transport })
+    Some(Headers { version: IpVersion::V6, network, end, transport })
 }
 
 /// The number and place of the first header that is not an extension header.

@@ -1,8 +1,10 @@
 //! TCP segmentation: one packet of up to 64 KiB becomes several that fit the link, as a card with the offload would have
 //! sent them (Linux `tcp_gso_segment`, `inet_gso_segment`, `ipv6_gso_segment`).
 
-use super::checksum::{self, Checksum, Sum};
-use super::headers::{self, Headers, Protocol, Transport, Version};
+use netif::offload::IpVersion;
+
+use super::checksum::{self, Fill, Sum};
+use super::headers::{self, Headers, Protocol, Transport};
 
 /// The smallest segment size taken (Linux `TCP_MIN_GSO_SIZE`): a packet of one-byte segments would cost its receiver
 /// 65,000 headers.
@@ -75,7 +77,7 @@ impl Segments<'_> {
     /// Every segment has the packet's headers, options included, but for lengths and checksums; the sequence number and
     /// IPv4's identification count on; FIN and PSH are on the last only, CWR on the first only (RFC 3168, 6.1.2).
     #[must_use]
-    pub fn write(&self, index: usize, checksum: Checksum, out: &mut [u8]) -> Option<usize> {
+    pub fn write(&self, index: usize, fill: Fill, out: &mut [u8]) -> Option<usize> {
         let start = index.checked_mul(self.size)?;
         let rest = self.payload.get(start..).filter(|rest| !rest.is_empty())?;
         let (data, after) = rest.split_at_checked(self.size).unwrap_or((rest, &[]));
@@ -99,9 +101,9 @@ impl Segments<'_> {
         put(head, offset + 13, [flags])?;
         put(head, offset + Protocol::Tcp.checksum_offset(), [0; 2])?;
         let pseudo = self.pseudo.add_u32(u32::try_from(length - offset).ok()?);
-        let value = match checksum {
-            Checksum::Complete => pseudo.add(out.get(offset..)?).finish(),
-            Checksum::Blank => pseudo.fold(),
+        let value = match fill {
+            Fill::Complete => pseudo.add(out.get(offset..)?).finish(),
+            Fill::Blank => pseudo.fold(),
         };
         put(out, offset + Protocol::Tcp.checksum_offset(), value)?;
         Some(length)
@@ -111,7 +113,7 @@ impl Segments<'_> {
     fn write_network(&self, index: usize, head: &mut [u8], length: usize) -> Option<()> {
         let network = self.headers.network;
         match self.headers.version {
-            Version::V4 => {
+            IpVersion::V4 => {
                 let total = u16::try_from(length - network).ok()?;
                 put(head, network + 2, total.to_be_bytes())?;
                 let id = self.id.wrapping_add(u16::try_from(index).ok()?);
@@ -121,7 +123,7 @@ impl Segments<'_> {
                     Sum::default().add(head.get(network..self.transport.offset)?).finish();
                 put(head, network + 10, checksum)
             }
-            Version::V6 => {
+            IpVersion::V6 => {
                 let payload = u16::try_from(length - network - IPV6_LEN).ok()?;
                 put(head, network + 4, payload.to_be_bytes())
             }

@@ -6,14 +6,16 @@ use std::vec::Vec;
 use proptest::prelude::*;
 use smoltcp::wire::{IpAddress, Ipv4Packet, Ipv6Packet, TcpPacket, TcpSeqNumber, UdpPacket};
 
-use super::checksum::{Checksum, blank, complete, is_valid};
-use super::headers::{Headers, Protocol, Transport, Version, ethertype, parse};
+use netif::offload::IpVersion;
+
+use super::checksum::{Fill, blank, complete, is_valid};
+use super::headers::{Headers, Protocol, Transport, ethertype, parse};
 use super::segment::segments;
 
 /// What a frame is made of. Lengths are right unless a test spoils them; checksums are not filled in.
 #[derive(Clone, Debug)]
 struct Build {
-    version: Version,
+    version: IpVersion,
     protocol: Protocol,
     tags: usize,
     /// Four bytes each: IPv4's options.
@@ -29,7 +31,7 @@ struct Build {
 }
 
 impl Build {
-    fn new(version: Version, protocol: Protocol, payload: Vec<u8>) -> Self {
+    fn new(version: IpVersion, protocol: Protocol, payload: Vec<u8>) -> Self {
         Self {
             version,
             protocol,
@@ -56,7 +58,7 @@ impl Build {
         }
         let transport = self.transport();
         match self.version {
-            Version::V4 => {
+            IpVersion::V4 => {
                 let header = 20 + 4 * self.ip_options;
                 frame.extend([8, 0, 0x40 | (header / 4) as u8, 0]);
                 frame.extend(((header + transport.len()) as u16).to_be_bytes());
@@ -67,7 +69,7 @@ impl Build {
                 let start = frame.len() - header;
                 Ipv4Packet::new_unchecked(&mut frame[start..]).fill_checksum();
             }
-            Version::V6 => {
+            IpVersion::V6 => {
                 let mut extensions = vec![];
                 for (at, (_, length)) in self.extensions.iter().enumerate() {
                     let next =
@@ -124,13 +126,13 @@ impl Build {
 fn addresses(frame: &[u8], headers: &Headers) -> (IpAddress, IpAddress) {
     let packet = &frame[headers.network..headers.end];
     match headers.version {
-        Version::V4 => {
+        IpVersion::V4 => {
             let packet = Ipv4Packet::new_checked(packet).unwrap();
             assert!(packet.verify_checksum());
             assert_eq!(usize::from(packet.total_len()), headers.end - headers.network);
             (packet.src_addr().into(), packet.dst_addr().into())
         }
-        Version::V6 => {
+        IpVersion::V6 => {
             let packet = Ipv6Packet::new_checked(packet).unwrap();
             assert_eq!(packet.total_len(), headers.end - headers.network);
             (packet.src_addr().into(), packet.dst_addr().into())
@@ -184,7 +186,7 @@ fn payload(longest: usize) -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn build() -> impl Strategy<Value = Build> {
-    let version = prop_oneof![Just(Version::V4), Just(Version::V6)];
+    let version = prop_oneof![Just(IpVersion::V4), Just(IpVersion::V6)];
     let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
     let extension = (prop_oneof![Just(0_u8), Just(43), Just(60)], 0_u8..4);
     let extensions = prop::collection::vec(extension, 0..4);
@@ -213,26 +215,26 @@ fn build() -> impl Strategy<Value = Build> {
 
 #[test]
 fn plain_headers_are_found() {
-    let frame = Build::new(Version::V4, Protocol::Tcp, vec![1; 10]).frame();
+    let frame = Build::new(IpVersion::V4, Protocol::Tcp, vec![1; 10]).frame();
     let transport = Transport { protocol: Protocol::Tcp, offset: 34, payload: 54, end: 64 };
     let headers =
-        Headers { version: Version::V4, network: 14, end: 64, transport: Some(transport) };
+        Headers { version: IpVersion::V4, network: 14, end: 64, transport: Some(transport) };
     assert_eq!(parse(&frame), Some(headers));
     assert_eq!(ethertype(&frame), Some((0x0800, 14)));
 
     let frame =
-        Build { tags: 2, padding: 9, ..Build::new(Version::V6, Protocol::Udp, vec![1; 10]) }
+        Build { tags: 2, padding: 9, ..Build::new(IpVersion::V6, Protocol::Udp, vec![1; 10]) }
             .frame();
     let transport = Transport { protocol: Protocol::Udp, offset: 62, payload: 70, end: 80 };
     let headers =
-        Headers { version: Version::V6, network: 22, end: 80, transport: Some(transport) };
+        Headers { version: IpVersion::V6, network: 22, end: 80, transport: Some(transport) };
     assert_eq!(parse(&frame), Some(headers));
     assert_eq!(ethertype(&frame), Some((0x86dd, 22)));
 }
 
 #[test]
 fn what_is_not_an_ip_packet_has_no_headers() {
-    let good = Build::new(Version::V4, Protocol::Tcp, vec![]).frame();
+    let good = Build::new(IpVersion::V4, Protocol::Tcp, vec![]).frame();
     for (at, value) in
         [(12, 9), (13, 6), (14, 0x65), (14, 0x44), (14, 0x4f), (16, 1), (17, 19), (17, 41)]
     {
@@ -240,7 +242,7 @@ fn what_is_not_an_ip_packet_has_no_headers() {
         frame[at] = value;
         assert_eq!(parse(&frame), None, "{at} {value}");
     }
-    let good = Build::new(Version::V6, Protocol::Tcp, vec![]).frame();
+    let good = Build::new(IpVersion::V6, Protocol::Tcp, vec![]).frame();
     for (at, value) in [(12, 9), (14, 0x40), (18, 1), (19, 21)] {
         let mut frame = good.clone();
         frame[at] = value;
@@ -250,7 +252,7 @@ fn what_is_not_an_ip_packet_has_no_headers() {
 
 #[test]
 fn what_cannot_be_summed_has_no_transport() {
-    let good = Build::new(Version::V4, Protocol::Tcp, vec![1; 8]).frame();
+    let good = Build::new(IpVersion::V4, Protocol::Tcp, vec![1; 8]).frame();
     // First fragment, later fragment, another protocol, TCP headers too short and too long.
     for (at, value) in [(20, 0x20), (21, 1), (20, 0x1f), (23, 1), (46, 0x40), (46, 0x80)] {
         let mut frame = good.clone();
@@ -263,18 +265,18 @@ fn what_cannot_be_summed_has_no_transport() {
     }
     // UDP's length: below its header, beyond the packet.
     for length in [0, 7, 17] {
-        let mut frame = Build::new(Version::V4, Protocol::Udp, vec![1; 8]).frame();
+        let mut frame = Build::new(IpVersion::V4, Protocol::Udp, vec![1; 8]).frame();
         frame[39] = length;
         assert_eq!(parse(&frame).unwrap().transport, None, "{length}");
     }
     // Extension headers: a fragment's, authentication, none; and a hop-by-hop header that is longer than the packet.
     for number in [44, 51, 59, 58] {
-        let mut frame = Build::new(Version::V6, Protocol::Tcp, vec![1; 8]).frame();
+        let mut frame = Build::new(IpVersion::V6, Protocol::Tcp, vec![1; 8]).frame();
         frame[20] = number;
         assert_eq!(parse(&frame).unwrap().transport, None, "{number}");
     }
     let mut frame =
-        Build { extensions: vec![(0, 1)], ..Build::new(Version::V6, Protocol::Udp, vec![1; 8]) }
+        Build { extensions: vec![(0, 1)], ..Build::new(IpVersion::V6, Protocol::Udp, vec![1; 8]) }
             .frame();
     assert!(parse(&frame).unwrap().transport.is_some());
     frame[55] = 255;
@@ -284,7 +286,7 @@ fn what_cannot_be_summed_has_no_transport() {
 #[test]
 fn a_route_still_to_go_hides_the_transport() {
     let mut frame =
-        Build { extensions: vec![(43, 2)], ..Build::new(Version::V6, Protocol::Tcp, vec![]) }
+        Build { extensions: vec![(43, 2)], ..Build::new(IpVersion::V6, Protocol::Tcp, vec![]) }
             .frame();
     assert_eq!(frame[54 + 3], 0);
     assert!(parse(&frame).unwrap().transport.is_some());
@@ -296,7 +298,7 @@ fn a_route_still_to_go_hides_the_transport() {
 fn extension_headers_are_walked_to_a_bound() {
     let with = |count| Build {
         extensions: vec![(60, 0); count],
-        ..Build::new(Version::V6, Protocol::Tcp, vec![])
+        ..Build::new(IpVersion::V6, Protocol::Tcp, vec![])
     };
     assert!(parse(&with(8).frame()).unwrap().transport.is_some());
     assert_eq!(parse(&with(9).frame()).unwrap().transport, None);
@@ -317,7 +319,7 @@ fn sums_are_those_of_the_rfc() {
 
 #[test]
 fn a_udp_checksum_of_zero_is_sent_as_ones() {
-    for version in [Version::V4, Version::V6] {
+    for version in [IpVersion::V4, IpVersion::V6] {
         let mut build = Build::new(version, Protocol::Udp, vec![0, 0]);
         let mut frame = build.frame();
         assert!(complete(&mut frame));
@@ -329,13 +331,13 @@ fn a_udp_checksum_of_zero_is_sent_as_ones() {
         assert_eq!(frame[offset + 6..offset + 8], [0xff, 0xff]);
         assert!(is_valid(&frame) && oracle_is_valid(&frame));
         frame[offset + 6..offset + 8].fill(0);
-        assert_eq!(is_valid(&frame), version == Version::V4);
+        assert_eq!(is_valid(&frame), version == IpVersion::V4);
     }
 }
 
 #[test]
 fn a_packet_is_cut_only_if_it_is_worth_it() {
-    let frame = |protocol| Build::new(Version::V4, protocol, vec![1; 100]).frame();
+    let frame = |protocol| Build::new(IpVersion::V4, protocol, vec![1; 100]).frame();
     let tcp = frame(Protocol::Tcp);
     assert!(segments(&tcp, 0).is_none());
     assert!(segments(&tcp, 7).is_none());
@@ -349,15 +351,15 @@ fn a_packet_is_cut_only_if_it_is_worth_it() {
 
 #[test]
 fn a_segment_needs_its_room() {
-    let frame = Build::new(Version::V4, Protocol::Tcp, vec![1; 100]).frame();
+    let frame = Build::new(IpVersion::V4, Protocol::Tcp, vec![1; 100]).frame();
     let cut = segments(&frame, 60).unwrap();
     let mut out = [0; 200];
     assert_eq!(cut.max_len(), 114);
-    assert_eq!(cut.write(0, Checksum::Complete, &mut out[..113]), None);
-    assert_eq!(cut.write(0, Checksum::Complete, &mut out[..114]), Some(114));
-    assert_eq!(cut.write(1, Checksum::Complete, &mut out), Some(94));
-    assert_eq!(cut.write(2, Checksum::Complete, &mut out), None);
-    assert_eq!(cut.write(usize::MAX, Checksum::Complete, &mut out), None);
+    assert_eq!(cut.write(0, Fill::Complete, &mut out[..113]), None);
+    assert_eq!(cut.write(0, Fill::Complete, &mut out[..114]), Some(114));
+    assert_eq!(cut.write(1, Fill::Complete, &mut out), Some(94));
+    assert_eq!(cut.write(2, Fill::Complete, &mut out), None);
+    assert_eq!(cut.write(usize::MAX, Fill::Complete, &mut out), None);
 }
 
 proptest! {
@@ -392,7 +394,7 @@ proptest! {
     fn segments_are_the_packet(
         build in build().prop_map(|build| Build { protocol: Protocol::Tcp, ..build }),
         gso_size in prop_oneof![8_u16..100, 500_u16..1500, any::<u16>()],
-        kind in prop_oneof![Just(Checksum::Complete), Just(Checksum::Blank)],
+        kind in prop_oneof![Just(Fill::Complete), Just(Fill::Blank)],
     ) {
         let frame = build.frame();
         let whole = parse(&frame).unwrap();
@@ -410,8 +412,8 @@ proptest! {
             prop_assert_eq!((transport.end, headers.end), (length, length));
             prop_assert_eq!(transport.payload, whole.transport.unwrap().payload);
             let is_right = match kind {
-                Checksum::Complete => oracle_is_valid(segment),
-                Checksum::Blank => oracle_is_blank(segment),
+                Fill::Complete => oracle_is_valid(segment),
+                Fill::Blank => oracle_is_blank(segment),
             };
             prop_assert!(is_right);
 
@@ -424,7 +426,7 @@ proptest! {
             prop_assert_eq!(tcp.psh(), last && build.flags & 0x08 != 0);
             prop_assert_eq!(tcp.cwr(), index == 0 && build.flags & 0x80 != 0);
             prop_assert_eq!(segment[transport.offset + 13] & 0x76, build.flags & 0x76);
-            if headers.version == Version::V4 {
+            if headers.version == IpVersion::V4 {
                 let ip = Ipv4Packet::new_checked(&segment[headers.network..]).unwrap();
                 prop_assert_eq!(ip.ident(), build.id.wrapping_add(index as u16));
             }
@@ -433,8 +435,8 @@ proptest! {
             let t = transport.offset;
             let network = headers.network;
             let changed = match headers.version {
-                Version::V4 => [network + 2..network + 6, network + 10..network + 12],
-                Version::V6 => [network + 4..network + 6, 0..0],
+                IpVersion::V4 => [network + 2..network + 6, network + 10..network + 12],
+                IpVersion::V6 => [network + 4..network + 6, 0..0],
             };
             for range in changed.into_iter().chain([t + 4..t + 8, t + 13..t + 14, t + 16..t + 18]) {
                 copy[range.clone()].copy_from_slice(&frame[range]);
@@ -469,7 +471,7 @@ proptest! {
         if let Some(cut) = segments(&frame, gso_size) {
             let mut out = vec![0; cut.max_len()];
             for index in 0..cut.count() {
-                let length = cut.write(index, Checksum::Complete, &mut out);
+                let length = cut.write(index, Fill::Complete, &mut out);
                 prop_assert!(length.is_some_and(|length| is_valid(&out[..length])));
             }
         }

@@ -15,10 +15,11 @@ use hypercall::abi::{self, call, hvm_param, op};
 use hypercall::arch::shared_info;
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, MapHandle, ShutdownReason, Virq};
 use netif::ctrl::{CtrlBackRing, CtrlRequest, CtrlResponse, CtrlStatus, CtrlType, StaticGrant};
+use netif::mac::MacAddr;
 use netif::ring::{RxBackRing, TxBackRing, layout};
 use netif::slot::{
-    Extra, ExtraInfo, GsoType, Mac, RxFlags, RxId, RxRequest, RxResponse, RxStatus, Slot, TxFlags,
-    TxId, TxRequest, TxResponse, TxStatus,
+    Extra, ExtraInfo, GsoType, RxFlags, RxId, RxRequest, RxResponse, RxStatus, Slot, TxFlags, TxId,
+    TxRequest, TxResponse, TxStatus,
 };
 use xenbus::device::State;
 use xenbus::wire;
@@ -398,7 +399,7 @@ fn hex(words: &[u32]) -> String {
 /// A C structure with each field set, and our encoding of the same.
 fn slots() -> Vec<(&'static str, &'static str, String)> {
     let extra = |more, info| hex(&Extra { more, info }.encode());
-    let mac = Mac([1, 2, 3, 4, 5, 6]);
+    let mac = MacAddr([1, 2, 3, 4, 5, 6]);
     let ctrl = CtrlRequest { id: 0x1122, kind: CtrlType(0x3344), data: [5, 6, 0x778899aa] };
     vec![
         (
