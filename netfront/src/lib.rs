@@ -1,3 +1,29 @@
 #![no_std]
 #![forbid(unsafe_code)]
-//! TODO
+#![doc = include_str!("../README.md")]
+
+extern crate alloc;
+
+mod counters;
+mod fault;
+mod frontend;
+mod negotiate;
+mod queue;
+mod rx;
+mod tx;
+
+pub use counters::{Counters, RxCounters, TxCounters};
+pub use fault::{BackendFault, Refusal, SendError};
+pub use frontend::{Config, Frontend, Notice};
+pub use negotiate::MAX_QUEUES;
+
+use netif::offload::{Checksum, Gso};
+
+/// What goes with a packet's bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Meta {
+    /// The state of its transport checksum.
+    pub checksum: Checksum,
+    /// Whether and how it is to be segmented, or was put together from segments.
+    pub gso: Option<Gso>,
+}

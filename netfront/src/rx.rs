@@ -1,0 +1,147 @@
+//! From the backend: pages posted, responses put together, bytes copied out, pages posted again.
+
+use alloc::vec::Vec;
+
+use grant::{GrantTable, GrantedPage, SharedMemory};
+use hypercall::{DomId, GrantRef, Hypervisor, Instant};
+use netif::ring::{Notify, RxFrontRing};
+use netif::rx::{Received, RxDrop, assemble};
+use netif::slot::{RxId, RxRequest};
+
+use crate::Meta;
+use crate::counters::RxCounters;
+use crate::fault::BackendFault;
+use crate::queue::RingPage;
+
+/// Nanoseconds until a page that could not be had is asked for again (`xennet_alloc_rx_buffers` of Linux: a tenth of a
+/// second).
+const RETRY: u64 = 100_000_000;
+
+/// One queue's way from the backend.
+pub(crate) struct RxQueue<H: Hypervisor> {
+    backend: DomId,
+    table: GrantTable<H>,
+    ring: RxFrontRing<RingPage<H>>,
+    gref: GrantRef,
+    /// By slot; granted when first posted, and from then on.
+    pages: Vec<Option<GrantedPage<H>>>,
+    /// Requests to have with the backend.
+    posted: u32,
+    /// When to try again to get pages.
+    retry: Option<Instant>,
+    pub(crate) counters: RxCounters,
+}
+
+impl<H: Hypervisor> RxQueue<H> {
+    pub(crate) fn new(
+        backend: DomId,
+        table: &GrantTable<H>,
+        page: RingPage<H>,
+        posted: u16,
+        now: Instant,
+    ) -> Self {
+        let mut queue = Self {
+            backend,
+            table: table.clone(),
+            gref: page.gref(),
+            ring: RxFrontRing::init(page),
+            pages: (0..RxFrontRing::<RingPage<H>>::ENTRIES).map(|_| None).collect(),
+            posted: posted.into(),
+            retry: None,
+            counters: RxCounters::default(),
+        };
+        // Published before the backend can look: nobody is to be told.
+        queue.refill(now);
+        let _ = queue.ring.publish();
+        queue
+    }
+
+    /// The ring's page.
+    pub(crate) fn gref(&self) -> GrantRef {
+        self.gref
+    }
+
+    /// When [`refill`](Self::refill) is to be tried again.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    /// The next packet, into `to`, which is emptied first. Packets that are none are counted, and their pages kept.
+    pub(crate) fn receive(&mut self, to: &mut Vec<u8>) -> Result<Option<Meta>, BackendFault> {
+        loop {
+            if self.ring.available() == 0 && self.ring.poll()? == 0 {
+                return Ok(None);
+            }
+            let Some(verdict) = assemble(&mut self.ring.responses())? else { return Ok(None) };
+            // The pages' turn to be posted comes when the ring has gone round to their slots.
+            match verdict.packet {
+                Ok(received) => return Ok(Some(self.linearise(&received, to))),
+                Err(RxDrop::Status(_)) => self.counters.failed += 1,
+                Err(_) => self.counters.malformed += 1,
+            }
+        }
+    }
+
+    fn linearise(&mut self, received: &Received, to: &mut Vec<u8>) -> Meta {
+        to.clear();
+        to.resize(received.size as usize, 0);
+        let mut rest = to.as_mut_slice();
+        for slot in &received.slots {
+            let (part, after) = rest.split_at_mut(rest.len().min(slot.size.into()));
+            rest = after;
+            if let Some(Some(page)) = self.pages.get(usize::from(slot.slot)) {
+                page.page().read_bytes(slot.offset.into(), part);
+            }
+        }
+        self.counters.packets += 1;
+        self.counters.bytes += u64::from(received.size);
+        Meta { checksum: received.checksum, gso: received.gso }
+    }
+
+    /// Posts pages in the slots that are free.
+    fn refill(&mut self, now: Instant) {
+        if self.retry.is_some_and(|at| at > now) {
+            return;
+        }
+        self.retry = None;
+        while self.ring.outstanding() < self.posted {
+            let slot = self.ring.next_slot();
+            let Some(place) = self.pages.get_mut(usize::from(slot)) else { break };
+            let gref = match place {
+                Some(page) => page.gref(),
+                None => match self.table.share(self.backend, false) {
+                    Ok(page) => place.insert(page).gref(),
+                    Err(error) => {
+                        log::debug!("netfront: no page to post: {error}");
+                        self.counters.no_memory += 1;
+                        self.retry = Some(now.after(RETRY));
+                        break;
+                    }
+                },
+            };
+            if self.ring.push(RxRequest { id: RxId(slot), gref }).is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Posts pages again, and shows them.
+    pub(crate) fn publish(&mut self, now: Instant) -> Notify {
+        let before = self.ring.next_slot();
+        self.refill(now);
+        if self.ring.next_slot() == before {
+            return Notify::NotNeeded;
+        }
+        self.counters.publishes += 1;
+        let notify = self.ring.publish();
+        if notify.is_needed() {
+            self.counters.notifications += 1;
+        }
+        notify
+    }
+
+    /// Asks for an event with the next packet. `true`: there is one already.
+    pub(crate) fn arm(&mut self) -> Result<bool, BackendFault> {
+        Ok(self.ring.arm()?)
+    }
+}

@@ -1,0 +1,226 @@
+//! To the backend: bytes into granted pages, requests on the ring, responses off.
+
+use alloc::vec::Vec;
+
+use grant::{GrantTable, GrantedPage, SharedMemory};
+use hypercall::{DomId, GrantRef, Hypervisor, PAGE_SIZE};
+use netif::keys::Features;
+use netif::offload::{Checksum, ETHERNET_HEADER, IpVersion};
+use netif::ring::{Notify, TxFrontRing};
+use netif::slot::{Extra, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
+
+use crate::Meta;
+use crate::counters::TxCounters;
+use crate::fault::{BackendFault, SendError};
+use crate::queue::RingPage;
+
+/// Packets up to this many bytes do not all begin at the start of their page: data that lies at the same offset in every
+/// page shares few cache sets.
+const SPREAD: usize = 1024;
+/// Bytes between the places where small packets begin: a cache line.
+const STRIDE: usize = 64;
+
+/// A page, and whether a request that names it is with the backend.
+struct Buffer<H: Hypervisor> {
+    /// Granted when first needed, and from then on.
+    page: Option<GrantedPage<H>>,
+    in_flight: bool,
+}
+
+/// One queue's way to the backend.
+pub(crate) struct TxQueue<H: Hypervisor> {
+    backend: DomId,
+    /// What the backend takes.
+    features: Features,
+    table: GrantTable<H>,
+    ring: TxFrontRing<RingPage<H>>,
+    gref: GrantRef,
+    /// Requests were pushed that are not published.
+    pushed: bool,
+    /// By id.
+    buffers: Vec<Buffer<H>>,
+    /// Ids not in flight; the last is the next, as its page is the warmest.
+    free: Vec<u16>,
+    /// Slots of extras in flight; their responses have no id.
+    extras: u32,
+    /// Somebody waits for room.
+    blocked: bool,
+    pub(crate) counters: TxCounters,
+}
+
+impl<H: Hypervisor> TxQueue<H> {
+    pub(crate) fn new(
+        backend: DomId,
+        features: Features,
+        table: &GrantTable<H>,
+        page: RingPage<H>,
+    ) -> Self {
+        let ids = 0..TxFrontRing::<RingPage<H>>::ENTRIES as u16;
+        Self {
+            backend,
+            features,
+            table: table.clone(),
+            gref: page.gref(),
+            ring: TxFrontRing::init(page),
+            pushed: false,
+            buffers: ids.clone().map(|_| Buffer { page: None, in_flight: false }).collect(),
+            free: ids.rev().collect(),
+            extras: 0,
+            blocked: false,
+            counters: TxCounters::default(),
+        }
+    }
+
+    /// The ring's page.
+    pub(crate) fn gref(&self) -> GrantRef {
+        self.gref
+    }
+
+    /// Slots with data whose responses have not come.
+    pub(crate) fn in_flight(&self) -> u64 {
+        u64::from(self.ring.outstanding().saturating_sub(self.extras))
+    }
+
+    /// Puts a packet on the ring; [`publish`](Self::publish) shows it.
+    pub(crate) fn send(&mut self, bytes: &[u8], meta: Meta) -> Result<(), SendError> {
+        let size = u16::try_from(bytes.len()).map_err(|_| SendError::TooLong)?;
+        if size < ETHERNET_HEADER {
+            return Err(SendError::TooShort);
+        }
+        let pages = bytes.len().div_ceil(PAGE_SIZE);
+        if pages > 1 && !self.features.contains(Features::SG) {
+            return Err(SendError::TooLong);
+        }
+        if !offered(bytes, meta, self.features) {
+            return Err(SendError::NotOffered);
+        }
+        let slots = pages + usize::from(meta.gso.is_some());
+        if slots > self.ring.free() as usize || pages > self.free.len() {
+            self.blocked = true;
+            self.counters.full += 1;
+            return Err(SendError::Full);
+        }
+        // All pages before the first request: half a packet must not get on the ring.
+        for &id in self.free.iter().rev().take(pages) {
+            let Some(buffer) = self.buffers.get_mut(usize::from(id)) else { continue };
+            if buffer.page.is_none() {
+                buffer.page = Some(self.table.share(self.backend, true)?);
+            }
+        }
+        let mut flags = match meta.checksum {
+            Checksum::Unverified => TxFlags::empty(),
+            Checksum::Validated => TxFlags::DATA_VALIDATED,
+            Checksum::Blank => TxFlags::CSUM_BLANK | TxFlags::DATA_VALIDATED,
+        };
+        flags.set(TxFlags::EXTRA_INFO, meta.gso.is_some());
+        // The head says how long the whole packet is.
+        let mut total = Some(size);
+        let mut parts = bytes.chunks(PAGE_SIZE).peekable();
+        while let Some(part) = parts.next() {
+            flags.set(TxFlags::MORE_DATA, parts.peek().is_some());
+            self.slot(part, flags, total)?;
+            flags = TxFlags::empty();
+            if total.take().is_some()
+                && let Some(gso) = meta.gso
+            {
+                let extra = Extra { more: false, info: gso.info() };
+                self.ring.push(TxRequest::from_extra(extra)).map_err(|_| SendError::Full)?;
+                self.extras += 1;
+            }
+        }
+        self.pushed = true;
+        self.counters.packets += 1;
+        self.counters.bytes += u64::from(size);
+        Ok(())
+    }
+
+    /// Puts a part of a packet on the ring. There is room for it, and a page.
+    fn slot(&mut self, part: &[u8], flags: TxFlags, total: Option<u16>) -> Result<(), SendError> {
+        let id = self.free.pop().ok_or(SendError::Full)?;
+        let buffer = self.buffers.get_mut(usize::from(id)).ok_or(SendError::Full)?;
+        let page = buffer.page.as_ref().ok_or(SendError::Full)?;
+        let places = if part.len() <= SPREAD { (PAGE_SIZE - SPREAD) / STRIDE } else { 1 };
+        let offset = usize::from(id) % places * STRIDE;
+        page.page().write_bytes(offset, part);
+        let request = TxRequest {
+            gref: page.gref(),
+            offset: offset as u16,
+            flags,
+            id: TxId(id),
+            size: total.unwrap_or(part.len() as u16),
+        };
+        self.ring.push(request).map_err(|_| SendError::Full)?;
+        buffer.in_flight = true;
+        Ok(())
+    }
+
+    /// Takes responses; answers how many there were.
+    pub(crate) fn reap(&mut self) -> Result<u32, BackendFault> {
+        let mut taken = 0;
+        loop {
+            self.ring.poll()?;
+            while let Some((_, response)) = self.ring.take() {
+                self.done(response)?;
+                taken += 1;
+            }
+            // Nobody needs to know when a request is done, except for the room.
+            let waiting = self.blocked && self.ring.outstanding() > 0;
+            if !waiting || !self.ring.arm_for(self.ring.outstanding().div_ceil(2))? {
+                break;
+            }
+        }
+        if taken > 0 {
+            self.blocked = false;
+        }
+        Ok(taken)
+    }
+
+    fn done(&mut self, response: TxResponse) -> Result<(), BackendFault> {
+        if response.status == TxStatus::NULL {
+            self.extras = self.extras.checked_sub(1).ok_or(BackendFault::NoExtra)?;
+            return Ok(());
+        }
+        let id = response.id;
+        let buffer = self.buffers.get_mut(usize::from(id.0)).filter(|buffer| buffer.in_flight);
+        buffer.ok_or(BackendFault::NotInFlight(id))?.in_flight = false;
+        self.free.push(id.0);
+        match response.status {
+            TxStatus::OKAY => self.counters.completed += 1,
+            TxStatus::DROPPED | TxStatus::ERROR => self.counters.failed += 1,
+            _ => self.counters.unknown += 1,
+        }
+        Ok(())
+    }
+
+    /// Shows what was sent since the last time.
+    pub(crate) fn publish(&mut self) -> Notify {
+        if !core::mem::take(&mut self.pushed) {
+            return Notify::NotNeeded;
+        }
+        self.counters.publishes += 1;
+        let notify = self.ring.publish();
+        if notify.is_needed() {
+            self.counters.notifications += 1;
+        }
+        notify
+    }
+}
+
+/// Whether a backend with `features` does what the packet leaves to it.
+fn offered(bytes: &[u8], meta: Meta, features: Features) -> bool {
+    if let Some(gso) = meta.gso {
+        return features.contains(match gso.version {
+            IpVersion::V4 => Features::GSO_TCPV4,
+            IpVersion::V6 => Features::GSO_TCPV6,
+        });
+    }
+    if meta.checksum != Checksum::Blank {
+        return true;
+    }
+    features.contains(match bytes.get(12..14) {
+        Some([0x08, 0x00]) => Features::IPV4_CSUM,
+        Some([0x86, 0xdd]) => Features::IPV6_CSUM,
+        // Behind a tag it may be either.
+        _ => Features::IPV4_CSUM | Features::IPV6_CSUM,
+    })
+}
