@@ -23,3 +23,8 @@ pub use fault::{Refusal, VifFault};
 pub use negotiate::{MAX_QUEUES, OFFERED};
 pub use packet::{Flow, Packet, PoolUse, Pools};
 pub use vif::{Notice, VifId};
+
+/// The repository's README, so that its example is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
