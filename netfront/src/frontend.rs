@@ -61,6 +61,9 @@ impl Config {
 /// What a frontend can take at all.
 const KNOWN: Features = Config::new(Handle(0)).features;
 
+/// The nodes of our own directory that each look reads first.
+const OWN_KEYS: [&str; 5] = ["state", "backend", "backend-id", keys::MAC, keys::MTU];
+
 /// Something that the owner of an interface may want to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -109,6 +112,8 @@ pub struct Frontend<H: Hypervisor> {
     step: Step,
     /// Something changed since the last look began.
     dirty: bool,
+    /// The last look found that we may not read the backend's directory: it is gone, with the right to know so.
+    hidden: bool,
     /// Whether a connection is wanted.
     wanted: bool,
     queues: Vec<Queue<H>>,
@@ -155,6 +160,7 @@ impl<H: Hypervisor> Frontend<H> {
             own: None,
             step: Step::Idle,
             dirty: true,
+            hidden: false,
             wanted: true,
             queues: Vec::new(),
             retired: Vec::new(),
@@ -200,9 +206,9 @@ impl<H: Hypervisor> Frontend<H> {
             return;
         }
         self.dirty = false;
-        let own = ["state", "backend", "backend-id", keys::MAC, keys::MTU];
-        let mut paths: Vec<_> = own.iter().map(|key| format!("{}/{key}", self.dir)).collect();
-        if let Some((backend, _)) = &self.backend {
+        let hidden = core::mem::take(&mut self.hidden);
+        let mut paths: Vec<_> = OWN_KEYS.iter().map(|key| format!("{}/{key}", self.dir)).collect();
+        if let Some((backend, _)) = self.backend.as_ref().filter(|_| !hidden) {
             paths.extend(["state", "online"].iter().map(|key| format!("{backend}/{key}")));
         }
         self.step = Step::Look(client.read_many(paths));
@@ -229,6 +235,9 @@ impl<H: Hypervisor> Frontend<H> {
             }
             (Step::Publish(_), Ok(_)) => self.write_states(client, &[State::Connected]),
             (Step::Write(_), Ok(_)) => {}
+            (Step::Look(_), Err(Error::Store { at, .. })) if *at >= OWN_KEYS.len() => {
+                (self.hidden, self.dirty) = (true, true);
+            }
             // The store is gone, the backend is not: packets go on. Look again when the store is back.
             (_, Err(Error::Disconnected)) => {
                 self.dirty = true;
