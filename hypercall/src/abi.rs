@@ -61,9 +61,7 @@ pub mod op {
     pub const MEM_REMOVE_FROM_PHYSMAP: u64 = 15;
     /// `XENMEM_add_to_physmap_batch`
     pub const MEM_ADD_TO_PHYSMAP_BATCH: u64 = 23;
-    /// `SCHEDOP_block` (sched.h)
-    pub const SCHED_BLOCK: u64 = 1;
-    /// `SCHEDOP_shutdown`
+    /// `SCHEDOP_shutdown` (sched.h)
     pub const SCHED_SHUTDOWN: u64 = 2;
     /// `HVMOP_set_param` (hvm/hvm_op.h)
     pub const HVM_SET_PARAM: u64 = 0;

@@ -88,12 +88,6 @@ impl<P: Platform> Xen<P> {
         };
     }
 
-    /// Sleeps until an event is pending (`SCHEDOP_block`); returns at once if one is.
-    pub fn block(&self) {
-        // SAFETY: touches no memory. There is no failure to speak of.
-        let _ = unsafe { hypercall(call::SCHED_OP, op::SCHED_BLOCK, 0, 0) };
-    }
-
     /// Ends this domain.
     pub fn shutdown(&self, how: Shutdown) -> ! {
         let mut reason: u32 = match how {

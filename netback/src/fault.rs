@@ -1,6 +1,6 @@
 //! Why a vif is closed from our side, or never connected.
 
-use grant::{CopyError, MapError};
+use grant::{CopyError, CopyResults, MapError};
 use hypercall::Errno;
 use netif::ring::{Full, RingFault};
 use netif::tx::PeerFault;
@@ -26,6 +26,35 @@ pub enum VifFault {
 impl From<RingFault> for VifFault {
     fn from(fault: RingFault) -> Self {
         Self::Peer(fault.into())
+    }
+}
+
+/// Batches that Xen may refuse in a row before the vif is given up.
+const REFUSALS_MAX: u32 = 8;
+
+/// How often in a row Xen has refused a queue's batches of copies.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Refusals(u32);
+
+impl Refusals {
+    /// Takes note of how a batch went. `None`: Xen did not look at it, and none of its copies was done.
+    ///
+    /// # Errors
+    /// That was once too often.
+    pub(crate) fn judge<'b>(
+        &mut self,
+        outcome: Result<CopyResults<'b>, Errno>,
+    ) -> Result<Option<CopyResults<'b>>, VifFault> {
+        match outcome {
+            Ok(results) => {
+                self.0 = 0;
+                Ok(Some(results))
+            }
+            Err(errno) => {
+                self.0 += 1;
+                if self.0 >= REFUSALS_MAX { Err(VifFault::CopyRefused(errno)) } else { Ok(None) }
+            }
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use netif::slot::RxRequest;
 use netif::tx::MAX_SLOTS;
 
 use crate::counters::{Direction, Drops};
-use crate::fault::VifFault;
+use crate::fault::{Refusals, VifFault};
 use crate::packet::Packet;
 
 /// Packets per hypercall at most.
@@ -26,8 +26,6 @@ const QUEUE_PACKETS: usize = 512;
 const QUEUE_BYTES: usize = 2 << 20;
 /// Nanoseconds after which a packet is not waited with any longer (`rx_drain_timeout_msecs` of Linux's netback).
 const EXPIRY: u64 = 10_000_000_000;
-/// Batches that Xen may refuse in a row before the vif is given up.
-const REFUSALS: u32 = 8;
 
 struct InFlight<H: Hypervisor> {
     packet: Packet<H>,
@@ -44,7 +42,7 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     waiting_bytes: usize,
     ops: CopyOps,
     batch: Vec<InFlight<H>>,
-    refusals: u32,
+    refusals: Refusals,
     pub(crate) counters: Direction,
     pub(crate) drops: Drops,
 }
@@ -58,7 +56,7 @@ impl<H: Hypervisor> RxQueue<H> {
             waiting_bytes: 0,
             ops: CopyOps::new(COPIES),
             batch: Vec::with_capacity(BATCH),
-            refusals: 0,
+            refusals: Refusals::default(),
             counters: Direction::default(),
             drops: Drops::default(),
         }
@@ -156,19 +154,7 @@ impl<H: Hypervisor> RxQueue<H> {
         }
         counters.hypercalls += 1;
         counters.copies += copies.len() as u64;
-        let results = match copies.submit(hv) {
-            Ok(results) => {
-                *refusals = 0;
-                Some(results)
-            }
-            Err(errno) => {
-                *refusals += 1;
-                if *refusals >= REFUSALS {
-                    return Err(VifFault::CopyRefused(errno));
-                }
-                None
-            }
-        };
+        let results = refusals.judge(copies.submit(hv))?;
         for InFlight { packet, shape, requests, copies } in batch.drain(..) {
             let arrived = match results {
                 None => {

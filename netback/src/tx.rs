@@ -10,7 +10,7 @@ use netif::slot::TxStatus;
 use netif::tx::{self, DropReason, Verdict};
 
 use crate::counters::{Direction, Drops};
-use crate::fault::VifFault;
+use crate::fault::{Refusals, VifFault};
 use crate::packet::{Flow, Packet, Pools};
 use crate::rate::Credit;
 
@@ -22,8 +22,6 @@ const COPIES: usize = 512;
 const COPIES_PER_PACKET: usize = tx::MAX_SLOTS + 16;
 /// Bytes of headers that are looked at; they are always in the private copy.
 const HEADER: usize = 128;
-/// Batches that Xen may refuse in a row before the vif is given up.
-const REFUSALS: u32 = 8;
 
 /// Why a queue stopped taking packets from its guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,7 +52,7 @@ pub(crate) struct TxQueue<H: Hypervisor> {
     credit: Credit,
     ops: CopyOps,
     batch: Vec<InFlight<H>>,
-    refusals: u32,
+    refusals: Refusals,
     /// Whether there are responses to publish.
     answered: bool,
     pub(crate) counters: Direction,
@@ -76,7 +74,7 @@ impl<H: Hypervisor> TxQueue<H> {
             credit,
             ops: CopyOps::new(COPIES),
             batch: Vec::with_capacity(BATCH),
-            refusals: 0,
+            refusals: Refusals::default(),
             answered: false,
             counters: Direction::default(),
             drops: Drops::default(),
@@ -192,19 +190,7 @@ impl<H: Hypervisor> TxQueue<H> {
         }
         counters.hypercalls += 1;
         counters.copies += copies.len() as u64;
-        let results = match copies.submit(hv) {
-            Ok(results) => {
-                *refusals = 0;
-                Some(results)
-            }
-            Err(errno) => {
-                *refusals += 1;
-                if *refusals >= REFUSALS {
-                    return Err(VifFault::CopyRefused(errno));
-                }
-                None
-            }
-        };
+        let results = refusals.judge(copies.submit(hv))?;
         for InFlight { mut packet, chain, copies } in batch.drain(..) {
             let outcome = match results {
                 None => {

@@ -168,7 +168,6 @@ fn hypervisor() -> Vec<Row> {
         "XENMEM_add_to_physmap" = op::MEM_ADD_TO_PHYSMAP,
         "XENMEM_remove_from_physmap" = op::MEM_REMOVE_FROM_PHYSMAP,
         "XENMEM_add_to_physmap_batch" = op::MEM_ADD_TO_PHYSMAP_BATCH,
-        "SCHEDOP_block" = op::SCHED_BLOCK,
         "SCHEDOP_shutdown" = op::SCHED_SHUTDOWN,
         "HVMOP_set_param" = op::HVM_SET_PARAM,
         "HVMOP_get_param" = op::HVM_GET_PARAM,
