@@ -40,8 +40,9 @@ pub fn test(name: &'static str) -> Result<Tally> {
     let (images, dom0) = prepare()?;
     let mut run = Run::start(name, &plan(&images, &dom0, ""))?;
     if up(&mut run, &dom0) {
-        traffic::all_pings(&mut run);
+        // First, as making the files keeps the guests busy.
         traffic::files_ready(&mut run);
+        traffic::all_pings(&mut run);
         idle(&mut run);
         udp::all(&mut run);
         life::reload(&mut run);

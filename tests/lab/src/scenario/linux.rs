@@ -38,8 +38,8 @@ pub fn test(name: &'static str) -> Result<Tally> {
         for domain in 1..=2 {
             traffic::carrier(&mut run, domain);
         }
-        traffic::all_pings(&mut run);
         traffic::files_ready(&mut run);
+        traffic::all_pings(&mut run);
         traffic::tcp_all(&mut run);
     }
     run.finish(name)
