@@ -30,7 +30,7 @@ macro_rules! embedded {
 
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
-    "abuse" "at" "cnt" "crash" "feat" "file" "filesum" "garbage" "get" "met" "net" "pings" "private" "reload"
+    "abuse" "at" "away" "cnt" "crash" "feat" "file" "filesum" "garbage" "get" "met" "net" "pings" "private" "reload"
     "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
     "usend"
 );
