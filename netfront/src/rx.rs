@@ -127,9 +127,9 @@ impl<H: Hypervisor> RxQueue<H> {
 
     /// Posts pages again, and shows them.
     pub(crate) fn publish(&mut self, now: Instant) -> Notify {
-        let before = self.ring.next_slot();
+        let before = self.ring.outstanding();
         self.refill(now);
-        if self.ring.next_slot() == before {
+        if self.ring.outstanding() == before {
             return Notify::NotNeeded;
         }
         self.counters.publishes += 1;

@@ -312,7 +312,8 @@ impl Machine {
                 more |= guest.turn(self.now);
             }
         }
-        more | self.turn_dom0()
+        more |= self.turn_dom0();
+        more | self.guests.iter().any(|guest| guest.runs && guest.upcalls.is_pending())
     }
 
     /// One turn of domain 0 alone.
@@ -450,7 +451,8 @@ impl Machine {
             self.guests[from].send(&sent);
             self.settle();
             let got = self.guests[to].take();
-            assert!(got.iter().any(|(bytes, _)| *bytes == sent), "{from} to {to}: {got:?}");
+            let arrived = got.iter().any(|(bytes, _)| *bytes == sent);
+            assert!(arrived, "{from} to {to}: {:?}\n{:?}", self.status(from), self.status(to));
         }
     }
 
