@@ -33,7 +33,8 @@ pub(crate) struct Queue<H: Hypervisor> {
     rx: RxQueue<H>,
     channels: Channels<H>,
     events: Events,
-    /// Whether packets were carried since the events came.
+    /// Whether packets were carried since the last event ended. Not since this one came: work is often done before the
+    /// event that announces it is seen, and a peer must not be throttled for that.
     worked: Events,
     /// There may be requests to take.
     tx_ready: bool,
@@ -213,7 +214,9 @@ impl<H: Hypervisor> Queue<H> {
                 if tx_done {
                     (events.tx, worked.tx) = (false, false);
                 }
-                (events.rx, worked.rx) = (false, false);
+                if events.rx {
+                    (events.rx, worked.rx) = (false, false);
+                }
             }
         }
     }
