@@ -141,9 +141,10 @@ impl<H: Hypervisor> Queue<H> {
         budget: usize,
         out: &mut Vec<Packet<H>>,
     ) -> Result<(), VifFault> {
-        let before = out.len();
+        let before = self.tx.counters.publishes;
         let (wait, notify) = self.tx.poll(hv, pools, now, budget, out)?;
-        self.worked.tx |= out.len() > before;
+        // Requests that were answered, if only to be dropped: the event announced something.
+        self.worked.tx |= self.tx.counters.publishes != before;
         self.again = None;
         match wait {
             TxWait::Guest => self.tx_ready = false,

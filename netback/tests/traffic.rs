@@ -217,11 +217,11 @@ fn two_queues_keep_the_order_of_each_flow() {
         let mut sent = [0_u32; 2];
         for round in 0..50 {
             for _ in 0..20 {
-                for queue in 0..2 {
+                for (queue, sent) in sent.iter_mut().enumerate() {
                     let mut bytes = frame(other, one, 64 + (round * 37) % 1400, 0);
                     bytes[14] = queue as u8;
-                    bytes[15..19].copy_from_slice(&sent[queue].to_be_bytes());
-                    sent[queue] += 1;
+                    bytes[15..19].copy_from_slice(&sent.to_be_bytes());
+                    *sent += 1;
                     let sender = machine.guests[0].frontend();
                     sender.send(queue, &bytes, Meta::default()).unwrap();
                 }
