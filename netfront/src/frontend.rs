@@ -238,6 +238,12 @@ impl<H: Hypervisor> Frontend<H> {
             (Step::Look(_), Err(Error::Store { at, .. })) if *at >= OWN_KEYS.len() => {
                 (self.hidden, self.dirty) = (true, true);
             }
+            // Our own directory: not there yet, or taken away.
+            (Step::Look(_), Err(Error::Store { .. })) => {
+                if self.own.is_some() {
+                    self.remove(client);
+                }
+            }
             // The store is gone, the backend is not: packets go on. Look again when the store is back.
             (_, Err(Error::Disconnected)) => {
                 self.dirty = true;

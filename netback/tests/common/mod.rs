@@ -68,6 +68,12 @@ impl Guest {
         }
     }
 
+    /// Whether another turn is due.
+    fn has_more(&self) -> bool {
+        let says = self.conn.is_some() && !self.client.pending_output().is_empty();
+        self.runs && (says || self.upcalls.is_pending())
+    }
+
     fn turn(&mut self, now: Instant) -> bool {
         let mut ports = Vec::new();
         self.upcalls.scan(64, |port| ports.push(port));
@@ -312,8 +318,8 @@ impl Machine {
                 more |= guest.turn(self.now);
             }
         }
-        more |= self.turn_dom0();
-        more | self.guests.iter().any(|guest| guest.runs && guest.upcalls.is_pending())
+        more |= self.turn_dom0() || !self.client.pending_output().is_empty();
+        more | self.guests.iter().any(Guest::has_more)
     }
 
     /// One turn of domain 0 alone.

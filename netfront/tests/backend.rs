@@ -1,0 +1,476 @@
+//! A backend played by hand that breaks the protocol, on a simulated Xen.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use evtchn::{Channel, Upcalls};
+use grant::{GrantTable, MapRequest, Mapper, Mapping, SharedMemory};
+use hypercall::{DomId, GrantRef, Handle, Instant, Port, VcpuId};
+use netfront::{BackendFault, Config, Frontend, Meta, Notice, SendError};
+use netif::keys::Features;
+use netif::ring::{RingFault, RxBackRing, TxBackRing, layout};
+use netif::rx::WrongId;
+use netif::slot::{
+    Extra, ExtraInfo, GsoType, RxFlags, RxId, RxResponse, RxStatus, TxId, TxResponse, TxStatus,
+};
+use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
+use xenbus::client::{Change, Client, Event, Outcome};
+use xenbus::device::State;
+use xenbus::server::{ConnId, Quotas, Server};
+use xenbus::wire::{Access, Perm};
+
+const BACK: &str = "/local/domain/0/backend/vif/1/0";
+const FRONT: &str = "/local/domain/1/device/vif/0";
+
+struct Rings {
+    tx: TxBackRing<Mapping<SimHv>>,
+    rx: RxBackRing<Mapping<SimHv>>,
+    tx_grant: Mapping<SimHv>,
+    rx_grant: Mapping<SimHv>,
+    channel: Channel<SimHv>,
+}
+
+struct World {
+    sim: Sim,
+    server: Server,
+    dom0: (ConnId, Client),
+    guest: (ConnId, Client),
+    upcalls: Upcalls<SimHv>,
+    own: Upcalls<SimHv>,
+    mapper: Mapper<SimHv>,
+    table: GrantTable<SimHv>,
+    nic: Frontend<SimHv>,
+    notices: Vec<Notice>,
+    received: Vec<Vec<u8>>,
+    now: Instant,
+}
+
+fn write(path: String, value: &str) -> Change {
+    Change::Write { path, value: value.into() }
+}
+
+impl World {
+    fn new(config: Config) -> Self {
+        let sim = Sim::new();
+        let (back, hv) = (sim.create(DomainConfig::dom0()), sim.create(DomainConfig::guest()));
+        let mut server = Server::new(Quotas::default());
+        let mut dom0 = (server.connect(DomId(0), true), Client::new());
+        let mut guest = (server.introduce(DomId(1)), Client::new());
+        let mut changes = Vec::new();
+        for (path, owner, reader) in [
+            ("/local/domain/1", 0, 1),
+            ("/local/domain/1/error", 1, 0),
+            (FRONT, 1, 0),
+            (BACK, 0, 1),
+        ] {
+            let perms = [(Access::None, owner), (Access::Read, reader)];
+            let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
+            changes.push(Change::Mkdir { path: path.into() });
+            changes.push(Change::SetPerms { path: path.into(), perms });
+        }
+        for (key, value) in [("backend", BACK), ("backend-id", "0"), ("state", "1")] {
+            changes.push(write(format!("{FRONT}/{key}"), value));
+        }
+        changes.push(write(format!("{BACK}/state"), "1"));
+        changes.push(write(format!("{BACK}/online"), "1"));
+        dom0.1.commit(changes);
+        let upcalls = Upcalls::new(&hv, VcpuId(0));
+        let table = GrantTable::new(&hv).unwrap();
+        let nic = Frontend::new(table.clone(), upcalls.binder(), &mut guest.1, config);
+        let mut world = Self {
+            sim,
+            server,
+            dom0,
+            guest,
+            upcalls,
+            own: Upcalls::new(&back, VcpuId(0)),
+            mapper: Mapper::new(&back),
+            table,
+            nic,
+            notices: Vec::new(),
+            received: Vec::new(),
+            now: Instant(0),
+        };
+        world.settle();
+        world
+    }
+
+    fn settle(&mut self) {
+        for _ in 0..1000 {
+            let mut more = false;
+            for (conn, client) in [&mut self.dom0, &mut self.guest] {
+                let sent = self.server.receive(*conn, client.pending_output()).unwrap();
+                client.consume_output(sent);
+                let bytes = self.server.pending_output(*conn);
+                let heard = bytes.len();
+                client.receive(bytes).unwrap();
+                self.server.consume_output(*conn, heard);
+                more |= sent + heard > 0;
+            }
+            while self.dom0.1.poll_event().is_some() {}
+            let Self { upcalls, nic, guest, now, .. } = self;
+            more |= upcalls.scan(64, |port| assert!(nic.on_event(port))) > 0;
+            while let Some(event) = guest.1.poll_event() {
+                nic.on_store(&mut guest.1, &event, *now);
+                more = true;
+            }
+            let mut frame = Vec::new();
+            while nic.receive(0, &mut frame).is_some() {
+                self.received.push(std::mem::take(&mut frame));
+            }
+            more |= nic.poll(&mut guest.1, *now);
+            self.notices.extend(nic.take_notices());
+            if !more && guest.1.pending_output().is_empty() {
+                return;
+            }
+        }
+        panic!("no end to it");
+    }
+
+    fn set(&mut self, changes: &[(&str, &str)]) {
+        let changes = changes.iter().map(|(key, value)| write(format!("{BACK}/{key}"), value));
+        self.dom0.1.commit(changes.collect::<Vec<_>>());
+        self.settle();
+    }
+
+    fn offer(&mut self, features: &[(&str, &str)]) {
+        self.set(features);
+        self.set(&[("feature-rx-copy", "1"), ("state", "2")]);
+    }
+
+    fn keys(&mut self) -> BTreeMap<&'static str, u32> {
+        let names = ["tx-ring-ref", "rx-ring-ref", "event-channel", "state"];
+        let paths = names.map(|name| format!("{FRONT}/{name}"));
+        let (conn, mut client) = (self.server.connect(DomId(0), true), Client::new());
+        client.read_many(paths);
+        for _ in 0..4 {
+            let sent = self.server.receive(conn, client.pending_output()).unwrap();
+            client.consume_output(sent);
+            let bytes = self.server.pending_output(conn).to_vec();
+            client.receive(&bytes).unwrap();
+            self.server.consume_output(conn, bytes.len());
+        }
+        self.server.disconnect(conn);
+        let Some(Event::Done { result: Ok(Outcome::Values(values)), .. }) = client.poll_event()
+        else {
+            panic!("the read has ended");
+        };
+        let number = |value: Vec<u8>| String::from_utf8(value).unwrap().parse().unwrap();
+        let pairs = names.into_iter().zip(values);
+        pairs.filter_map(|(name, value)| Some((name, number(value?)))).collect()
+    }
+
+    fn map(&self, gref: u32) -> Mapping<SimHv> {
+        let request = MapRequest { domain: DomId(1), gref: GrantRef(gref), read_only: false };
+        self.mapper.map(request).unwrap()
+    }
+
+    /// Connects the backend's end.
+    fn attach(&mut self) -> Rings {
+        let keys = self.keys();
+        assert_eq!(keys["state"], 4, "{:?}", self.notices);
+        let (tx, rx) = (keys["tx-ring-ref"], keys["rx-ring-ref"]);
+        let binder = self.own.binder();
+        let rings = Rings {
+            tx: TxBackRing::attach(self.map(tx)).map_err(|(fault, _)| fault).unwrap(),
+            rx: RxBackRing::attach(self.map(rx)).map_err(|(fault, _)| fault).unwrap(),
+            tx_grant: self.map(tx),
+            rx_grant: self.map(rx),
+            channel: binder.bind_interdomain(DomId(1), Port(keys["event-channel"])).unwrap(),
+        };
+        self.set(&[("state", "4")]);
+        assert!(self.nic.is_connected());
+        rings
+    }
+
+    /// Wakes the frontend.
+    fn kick(&mut self, rings: &mut Rings) {
+        let _ = rings.tx.publish();
+        let _ = rings.rx.publish();
+        rings.channel.notify().unwrap();
+        self.settle();
+    }
+
+    fn send(&mut self, count: usize) {
+        for _ in 0..count {
+            self.nic.send(0, &[7; 100], Meta::default()).unwrap();
+        }
+        self.settle();
+    }
+
+    fn pass(&mut self, nanos: u64) {
+        self.now = self.now.after(nanos);
+        self.settle();
+    }
+
+    /// The backend was left for that reason; once it has let go, the two connect again, and nothing is held of before.
+    fn assert_left(&mut self, rings: Rings, fault: BackendFault) {
+        assert!(self.notices.contains(&Notice::Faulted(fault)), "{:?}", self.notices);
+        assert_eq!(self.nic.state(), State::Closing);
+        assert_eq!(self.nic.send(0, &[7; 100], Meta::default()), Err(SendError::NotConnected));
+        assert!(self.table.granted() > 0, "the backend may still use them");
+        drop(rings);
+        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
+        assert_eq!(self.nic.state(), State::Closed);
+        assert_eq!((self.table.granted(), self.table.parked()), (0, 0));
+        self.pass(1_000_000_000);
+        assert_eq!(self.nic.state(), State::Initialising);
+        self.set(&[("state", "2")]);
+        let mut rings = self.attach();
+        self.send(1);
+        assert_eq!(rings.tx.poll().unwrap(), 1);
+        assert_eq!(self.sim.violations(), Vec::<String>::new());
+    }
+}
+
+fn connected() -> (World, Rings) {
+    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
+    world.offer(&[("feature-sg", "1")]);
+    let rings = world.attach();
+    (world, rings)
+}
+
+fn okay(id: u16) -> TxResponse {
+    TxResponse { id: TxId(id), status: TxStatus::OKAY }
+}
+
+fn rx(id: u16, offset: u16, flags: RxFlags, status: i16) -> RxResponse {
+    RxResponse { id: RxId(id), offset, flags, status: RxStatus(status) }
+}
+
+#[test]
+fn hostile_42_43_producers_that_jump() {
+    for (ring, producer) in [(0, 4), (0, 1 << 20), (1, 257), (1, 1 << 30), (0, u32::MAX)] {
+        let (mut world, rings) = connected();
+        world.send(3);
+        let page = if ring == 0 { &rings.tx_grant } else { &rings.rx_grant };
+        page.store_u32(layout::RSP_PROD, producer, Ordering::SeqCst);
+        rings.channel.notify().unwrap();
+        world.settle();
+        let limit = if ring == 0 { 3 } else { 256 };
+        let fault = if producer.cast_signed() < 0 {
+            RingFault::MovedBack { from: 0, to: producer }
+        } else {
+            RingFault::Overrun { index: producer, ahead: producer, limit }
+        };
+        world.assert_left(rings, fault.into());
+    }
+}
+
+#[test]
+fn hostile_44_45_responses_to_nothing() {
+    for ids in [&[256][..], &[u16::MAX], &[9], &[0, 0], &[0, 1, 1]] {
+        let (mut world, mut rings) = connected();
+        world.send(3);
+        rings.tx.poll().unwrap();
+        for &id in ids {
+            rings.tx.take().unwrap();
+            rings.tx.push(okay(id)).unwrap();
+        }
+        world.kick(&mut rings);
+        world.assert_left(rings, BackendFault::NotInFlight(TxId(*ids.last().unwrap())));
+    }
+    // An answer to an extra, of which there was none.
+    let (mut world, mut rings) = connected();
+    world.send(1);
+    rings.tx.poll().unwrap();
+    rings.tx.take().unwrap();
+    rings.tx.push(TxResponse { id: TxId(0), status: TxStatus::NULL }).unwrap();
+    world.kick(&mut rings);
+    world.assert_left(rings, BackendFault::NoExtra);
+}
+
+#[test]
+fn hostile_46_statuses_of_all_kinds() {
+    let (mut world, mut rings) = connected();
+    for round in 0..300 {
+        world.send(4);
+        rings.tx.poll().unwrap();
+        let requests: Vec<_> = rings.tx.requests().collect();
+        assert_eq!(requests.len(), 4);
+        // In any order.
+        for (request, status) in requests.iter().rev().zip([0, -1, -2, -99 - round]) {
+            rings.tx.push(TxResponse { id: request.id, status: TxStatus(status) }).unwrap();
+        }
+        world.kick(&mut rings);
+    }
+    let tx = world.nic.counters().tx;
+    assert_eq!((tx.completed, tx.failed, tx.unknown), (300, 600, 300));
+    assert!(world.nic.is_connected());
+}
+
+#[test]
+fn hostile_48_rx_response_in_a_slot_not_its_own() {
+    let (mut world, mut rings) = connected();
+    rings.rx.poll().unwrap();
+    rings.rx.take().unwrap();
+    rings.rx.push(rx(1, 0, RxFlags::empty(), 100)).unwrap();
+    world.kick(&mut rings);
+    world.assert_left(rings, WrongId { slot: 0, id: RxId(1) }.into());
+}
+
+#[test]
+fn hostile_49_to_55_packets_that_are_none() {
+    let more = RxFlags::MORE_DATA;
+    let extra = |size, kind| {
+        let info = ExtraInfo::Gso { size, kind, features: 0 };
+        RxResponse::from_extra(Extra { more: false, info })
+    };
+    let gso = |slot| rx(slot, 0, RxFlags::EXTRA_INFO, 1000);
+    type Chain = Box<dyn Fn(u16) -> Vec<RxResponse>>;
+    let long = move |at: u16| {
+        (0..20).map(|n| rx(at + n, 0, if n < 19 { more } else { RxFlags::empty() }, 50)).collect()
+    };
+    let bad: Vec<Chain> = vec![
+        Box::new(|at| vec![rx(at, 0, RxFlags::empty(), -1)]),
+        Box::new(|at| vec![rx(at, 4000, RxFlags::empty(), 97)]),
+        Box::new(|at| vec![rx(at, 4097, RxFlags::empty(), 0)]),
+        Box::new(move |at| vec![rx(at, 0, more, 100)]),
+        Box::new(long),
+        Box::new(move |at| vec![gso(at)]),
+        Box::new(move |at| vec![gso(at), extra(0, GsoType::TCPV4)]),
+        Box::new(move |at| vec![gso(at), extra(100, GsoType(9))]),
+        Box::new(|at| vec![rx(at, 0, RxFlags::empty(), 13)]),
+    ];
+    let (mut world, mut rings) = connected();
+    let mut at = 0;
+    for round in 0..100 {
+        let chain = bad[round % bad.len()](at);
+        let good = round % 2 == 0;
+        rings.rx.poll().unwrap();
+        for response in &chain {
+            rings.rx.take().unwrap();
+            let id = RxId(response.id.0 % 256);
+            let response =
+                if response.id.0 >= at { RxResponse { id, ..*response } } else { *response };
+            rings.rx.push(response).unwrap();
+        }
+        at += chain.len() as u16;
+        world.kick(&mut rings);
+        rings.rx.poll().unwrap();
+        if good {
+            rings.rx.take().unwrap();
+            rings.rx.push(rx(at % 256, 5, RxFlags::empty(), 60)).unwrap();
+            at += 1;
+            world.kick(&mut rings);
+        }
+        at %= 256;
+    }
+    assert!(world.nic.is_connected(), "{:?}", world.notices);
+    assert_eq!(world.received.len(), 50);
+    let counters = world.nic.counters().rx;
+    assert_eq!((counters.failed + counters.malformed, counters.packets), (100, 50));
+    rings.rx.poll().unwrap();
+    assert_eq!(rings.rx.available(), 256, "every page is posted again");
+}
+
+#[test]
+fn hostile_56_nothing_is_ever_answered() {
+    let (mut world, _rings) = connected();
+    for _ in 0..256 {
+        world.nic.send(0, &[7; 100], Meta::default()).unwrap();
+    }
+    let granted = world.table.granted();
+    for _ in 0..1000 {
+        assert_eq!(world.nic.send(0, &[7; 100], Meta::default()), Err(SendError::Full));
+        world.settle();
+    }
+    assert_eq!(world.table.granted(), granted);
+}
+
+#[test]
+fn hostile_57_events_about_nothing() {
+    let (mut world, mut rings) = connected();
+    for _ in 0..1000 {
+        rings.channel.notify().unwrap();
+        world.settle();
+    }
+    assert!(world.nic.counters().spurious < 5, "throttled");
+    world.pass(2_000_000_000);
+    rings.rx.poll().unwrap();
+    rings.rx.take().unwrap();
+    rings.rx.push(rx(0, 0, RxFlags::empty(), 60)).unwrap();
+    world.kick(&mut rings);
+    world.pass(2_000_000_000);
+    assert_eq!(world.received.len(), 1);
+}
+
+#[test]
+fn hostile_58_the_backend_dies() {
+    for holds in [false, true] {
+        let (mut world, rings) = connected();
+        world.send(5);
+        let kept = holds.then(|| world.map(world.nic_ring()));
+        drop(rings);
+        world.dom0.1.commit([Change::Rm { path: BACK.into() }]);
+        world.settle();
+        assert_eq!(world.nic.state(), State::Closed);
+        assert_eq!(world.nic.counters().tx.lost, 5);
+        assert_eq!((world.table.granted(), world.table.parked()), (0, usize::from(holds)));
+        drop(kept);
+        let perms = [(Access::None, 0), (Access::Read, 1)];
+        let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
+        world.dom0.1.commit([
+            Change::Mkdir { path: BACK.into() },
+            Change::SetPerms { path: BACK.into(), perms },
+        ]);
+        world.pass(1_000_000_000);
+        world.offer(&[]);
+        world.attach();
+    }
+}
+
+impl World {
+    /// The reference of the TX ring.
+    fn nic_ring(&self) -> u32 {
+        // The first that the table gives out after its eight reserved ones.
+        8
+    }
+}
+
+#[test]
+fn hostile_61_no_memory_for_pages() {
+    let (mut world, mut rings) = connected();
+    // All posted; from now on no page can be had, and none is needed.
+    let fault = Fault::Errno(hypercall::Errno::NOMEM);
+    world.sim.inject(DomId(1), FaultPlan::every(Kind::AllocPages, fault));
+    for at in 0..600_u16 {
+        rings.rx.poll().unwrap();
+        rings.rx.take().unwrap();
+        rings.rx.push(rx(at % 256, 0, RxFlags::empty(), 60)).unwrap();
+        world.kick(&mut rings);
+    }
+    assert_eq!(world.received.len(), 600);
+    assert!(matches!(world.nic.send(0, &[7; 100], Meta::default()), Err(SendError::Grant(_))));
+    world.sim.clear_faults(DomId(1));
+    world.send(1);
+    assert_eq!(rings.tx.poll().unwrap(), 1);
+}
+
+#[test]
+fn what_the_backend_does_not_offer_is_not_sent() {
+    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
+    world.offer(&[("feature-no-csum-offload", "1")]);
+    let _rings = world.attach();
+    assert_eq!(world.nic.features(), Features::RX_COPY);
+    let blank = Meta { checksum: netif::offload::Checksum::Blank, gso: None };
+    let send = |world: &mut World, len: usize, meta| world.nic.send(0, &vec![8; len], meta);
+    assert_eq!(send(&mut world, 100, blank), Err(SendError::NotOffered));
+    assert_eq!(send(&mut world, 4097, Meta::default()), Err(SendError::TooLong));
+    assert_eq!(send(&mut world, 65_536, Meta::default()), Err(SendError::TooLong));
+    assert_eq!(send(&mut world, 13, Meta::default()), Err(SendError::TooShort));
+    assert_eq!(world.nic.send(1, &[8; 100], Meta::default()), Err(SendError::NoQueue));
+    assert_eq!(send(&mut world, 4096, Meta::default()), Ok(()));
+}
+
+#[test]
+fn a_backend_that_does_not_copy_is_left() {
+    let mut world = World::new(Config::new(Handle(0)));
+    world.set(&[("state", "2")]);
+    assert!(matches!(world.notices[..], [Notice::Refused(netfront::Refusal::NoCopy)]));
+    assert_eq!(world.nic.state(), State::Closing);
+    assert_eq!(world.table.granted(), 0);
+}
