@@ -251,6 +251,7 @@ impl<H: Hypervisor> Frontend<H> {
             }
             (_, result) => {
                 log::error!("{}: store job failed: {result:?}", self.dir);
+                self.penalise(now);
                 self.end(client, on_fault(self.own.unwrap_or(State::Unknown)), now);
             }
         }

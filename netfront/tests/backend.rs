@@ -432,6 +432,52 @@ impl World {
 }
 
 #[test]
+fn hostile_59_the_backend_is_replaced_by_another() {
+    let (mut world, rings) = connected();
+    world.send(2);
+    let other = "/local/domain/0/backend/vif/1/7";
+    let perms = [(Access::None, 0), (Access::Read, 1)];
+    let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
+    world.dom0.1.commit([
+        Change::Mkdir { path: other.into() },
+        Change::SetPerms { path: other.into(), perms },
+        write(format!("{other}/feature-rx-copy"), "1"),
+        write(format!("{other}/state"), "2"),
+    ]);
+    drop(rings);
+    world.settle();
+    world.dom0.1.commit([write(format!("{FRONT}/backend"), other)]);
+    world.settle();
+    assert!(world.notices.contains(&Notice::Disconnected));
+    assert_eq!((world.nic.counters().tx.lost, world.table.parked()), (2, 0));
+    assert_eq!(world.nic.state(), State::Connected, "published anew");
+    world.set(&[("state", "4")]);
+    assert!(!world.nic.is_connected(), "the old one has no say any more");
+    world.dom0.1.commit([write(format!("{other}/state"), "4")]);
+    world.settle();
+    assert!(world.nic.is_connected());
+}
+
+#[test]
+fn what_an_earlier_kernel_left_is_ended_first() {
+    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
+    world.offer(&[]);
+    let rings = world.attach();
+    // Another kernel in the same domain, which knows nothing of all this.
+    let (binder, client) = (world.upcalls.binder(), &mut world.guest.1);
+    let next = Frontend::new(world.table.clone(), binder, client, Config::new(Handle(0)));
+    std::mem::forget(std::mem::replace(&mut world.nic, next));
+    world.settle();
+    assert_eq!(world.nic.state(), State::Initialising);
+    drop(rings);
+    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
+    world.pass(1_000_000_000);
+    world.set(&[("state", "2")]);
+    world.attach();
+}
+
+#[test]
 fn hostile_61_no_memory_for_pages() {
     let (mut world, mut rings) = connected();
     // All posted; from now on no page can be had, and none is needed.
