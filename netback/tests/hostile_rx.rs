@@ -16,7 +16,7 @@ use netfront::Meta;
 use netif::offload::{Checksum, Gso, IpVersion};
 use netif::ring::{RingFault, layout};
 use netif::rx::failed;
-use netif::slot::{RxFlags, RxId, RxRequest, RxResponse, RxStatus};
+use netif::slot::{RxFlags, RxId, RxRequest, RxResponse, RxStatus, TxFlags, TxId, TxRequest};
 use netif::tx::PeerFault;
 use sim::{Fault, FaultPlan, Kind};
 use xenbus::device::State;
@@ -142,6 +142,24 @@ fn hostile_37_a_packet_waits_for_all_its_slots() {
         arrived.extend(part);
     }
     assert!(arrived == bytes);
+    assert_goes_on(&mut machine, guest, &mut raw);
+}
+
+#[test]
+fn hostile_37_so_does_each_of_several_packets() {
+    let (mut machine, guest, mut raw) = machine();
+    for _ in 0..2 {
+        send_to(&mut machine, guest, 8000);
+    }
+    raw.post(&machine.guests[guest], 3);
+    raw.go();
+    machine.settle();
+    assert_eq!(responses(&mut raw).len(), 2, "the third page is not enough for the second");
+    raw.post(&machine.guests[guest], 1);
+    raw.go();
+    machine.settle();
+    assert_eq!(responses(&mut raw).len(), 2);
+    assert_eq!(machine.status(guest).unwrap().counters.rx.packets, 2);
     assert_goes_on(&mut machine, guest, &mut raw);
 }
 
@@ -321,4 +339,57 @@ fn refused_by_xen_in_the_middle() {
             assert!(machine.is_connected(guest), "{kind:?} {passed}");
         }
     }
+}
+
+/// Rings full of anything at all: whatever becomes of their interface, the others carry on and nothing is left.
+#[test]
+fn slots_of_any_bytes() {
+    let (mut machine, first, _raw) = machine();
+    machine.destroy(first);
+    let mut state = 1_u64;
+    let mut random = move |below: u64| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let (mut closed, mut open) = (0, 0);
+    for round in 0..150 {
+        let (guest, mut raw) = machine.raw_at(random(1 << 32) as u32);
+        let good = [raw.data.gref(), raw.tx_page.gref(), raw.rx_page.gref(), GrantRef(7)];
+        raw.data.write_bytes(0, &frame([0xff; 6], machine.guests[guest].mac(), 4096, round));
+        for _ in 0..random(60) + 1 {
+            let mut some =
+                |limit: u64| if random(200) == 0 { random(65_536) } else { random(limit) };
+            let request = TxRequest {
+                gref: good[some(4) as usize % 4],
+                offset: some(2000) as u16,
+                flags: TxFlags::from_bits_retain(some(4) as u16),
+                id: TxId(some(256) as u16),
+                size: some(2000) as u16,
+            };
+            raw.push(request);
+        }
+        for slot in 0..random(40) {
+            let gref = good[random(4) as usize];
+            raw.rx.push(RxRequest { id: RxId(slot as u16), gref }).unwrap();
+        }
+        raw.go();
+        machine.settle();
+        for len in [60, 5000, 65_535] {
+            send_to(&mut machine, 1, len);
+            send_to(&mut machine, guest, len);
+        }
+        if machine.is_connected(guest) {
+            open += 1;
+        } else {
+            closed += 1;
+            machine.assert_let_go(guest);
+        }
+        machine.destroy(guest);
+        assert_clean(&mut machine, guest);
+        machine.guests[0].take();
+        machine.guests[1].take();
+        machine.guests.truncate(2);
+    }
+    assert!(closed > 10 && open > 10, "{closed} closed, {open} not");
 }

@@ -467,7 +467,8 @@ impl<H: Hypervisor> Frontend<H> {
     }
 
     /// Takes responses, posts pages again, shows the backend what was sent, and ends events. To be called after events,
-    /// and after packets were sent or received. Answers whether packets wait to be received.
+    /// and after packets were sent or received. Answers whether there is more to do at once: packets wait to be received,
+    /// or there is room again for a sender that was told [`SendError::Full`].
     pub fn poll(&mut self, client: &mut Client, now: Instant) -> bool {
         if self.not_before.is_some_and(|at| at <= now) {
             self.not_before = None;

@@ -168,13 +168,15 @@ impl<H: Hypervisor> Queue<H> {
         }
     }
 
-    /// Takes TX responses, shows what there is to show, and ends events. Answers whether packets wait to be received.
+    /// Takes TX responses, shows what there is to show, and ends events. Answers whether packets wait to be
+    /// received, or there is room again for a sender that found none.
     pub(crate) fn poll(&mut self, now: Instant) -> Result<bool, BackendFault> {
-        self.tx_worked |= self.tx.reap()? > 0;
+        let reaped = self.tx.reap()?;
+        self.tx_worked |= reaped.worked;
         self.publish(now);
         let more = self.rx.arm()?;
         self.end_events(more, now);
-        Ok(more)
+        Ok(more || reaped.room)
     }
 
     /// The RX event goes on until all packets are received.

@@ -27,6 +27,15 @@ struct Buffer<H: Hypervisor> {
     in_flight: bool,
 }
 
+/// What [`TxQueue::reap`] came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Reaped {
+    /// There were responses.
+    pub(crate) worked: bool,
+    /// There is room again for somebody who was told that there is none.
+    pub(crate) room: bool,
+}
+
 /// One queue's way to the backend.
 pub(crate) struct TxQueue<H: Hypervisor> {
     backend: DomId,
@@ -154,25 +163,24 @@ impl<H: Hypervisor> TxQueue<H> {
         Ok(())
     }
 
-    /// Takes responses; answers how many there were.
-    pub(crate) fn reap(&mut self) -> Result<u32, BackendFault> {
-        let mut taken = 0;
+    /// Takes responses.
+    pub(crate) fn reap(&mut self) -> Result<Reaped, BackendFault> {
+        let mut reaped = Reaped { worked: false, room: false };
         loop {
             self.ring.poll()?;
             while let Some((_, response)) = self.ring.take() {
                 self.done(response)?;
-                taken += 1;
+                reaped.worked = true;
+            }
+            if reaped.worked {
+                reaped.room = core::mem::take(&mut self.blocked);
+                return Ok(reaped);
             }
             // Nobody needs to know when a request is done, except for the room.
-            let waiting = self.blocked && self.ring.outstanding() > 0;
-            if !waiting || !self.ring.arm_for(self.ring.outstanding().div_ceil(2))? {
-                break;
+            if !self.blocked || !self.ring.arm_for(self.ring.outstanding().div_ceil(2).max(1))? {
+                return Ok(reaped);
             }
         }
-        if taken > 0 {
-            self.blocked = false;
-        }
-        Ok(taken)
     }
 
     fn done(&mut self, response: TxResponse) -> Result<(), BackendFault> {

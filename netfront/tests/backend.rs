@@ -382,6 +382,38 @@ fn hostile_56_nothing_is_ever_answered() {
 }
 
 #[test]
+fn a_sender_without_room_is_woken_once_there_is_some() {
+    let (mut world, mut rings) = connected();
+    let mut answer = |count: u16| {
+        rings.tx.poll().unwrap();
+        for _ in 0..count {
+            let request = rings.tx.take().unwrap();
+            rings.tx.push(okay(request.id.0)).unwrap();
+        }
+        rings.tx.publish().is_needed()
+    };
+    world.send(256);
+    answer(100);
+    world.settle();
+    assert!(!answer(50), "nobody waits");
+    world.settle();
+    world.send(150);
+    assert_eq!(world.nic.send(0, &[7; 100], Meta::default()), Err(SendError::Full));
+    world.settle();
+    assert!(!answer(127), "too little to be woken for");
+    assert!(answer(1));
+    assert!(world.nic.poll(&mut world.guest.1, world.now), "try again");
+    world.send(1);
+    assert!(!world.nic.poll(&mut world.guest.1, world.now));
+    // All are answered before the next poll: there is no event to come, so it says so at once.
+    world.send(127);
+    assert_eq!(world.nic.send(0, &[7; 100], Meta::default()), Err(SendError::Full));
+    answer(256);
+    assert!(world.nic.poll(&mut world.guest.1, world.now));
+    assert!(!world.nic.poll(&mut world.guest.1, world.now));
+}
+
+#[test]
 fn hostile_57_events_about_nothing() {
     let (mut world, mut rings) = connected();
     for _ in 0..1000 {
