@@ -501,6 +501,7 @@ fn what_an_earlier_kernel_left_is_ended_first() {
     std::mem::forget(std::mem::replace(&mut world.nic, next));
     world.settle();
     assert_eq!(world.nic.state(), State::Initialising);
+    assert_eq!(world.keys()["state"], 1, "and the backend is told");
     drop(rings);
     world.set(&[("state", "5")]);
     world.set(&[("state", "6")]);
