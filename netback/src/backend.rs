@@ -422,7 +422,11 @@ impl<H: Hypervisor> Backend<H> {
             vif.ended.rx_drops.unreachable += 1;
             return;
         };
-        match fit(packet, features, &pools, now, |packet| queue.enqueue(packet)) {
+        let enqueue = |packet| {
+            let free = pools.free_like(&packet);
+            queue.enqueue(packet, free);
+        };
+        match fit(packet, features, &pools, now, enqueue) {
             Fit::Done => {}
             Fit::TooBig => vif.ended.rx_drops.too_big += 1,
             Fit::NoBuffer => vif.ended.rx_drops.no_buffer += 1,

@@ -53,6 +53,11 @@ impl<H: Hypervisor> Packet<H> {
         self.len == 0
     }
 
+    /// Whether its buffer is one of 64 KiB.
+    pub(crate) fn is_large(&self) -> bool {
+        self.frame.size() > PAGE_SIZE
+    }
+
     pub(crate) fn frame(&self) -> &Frame<H> {
         &self.frame
     }
@@ -125,6 +130,11 @@ impl<H: Hypervisor> Pools<H> {
         }
         (copy.checksum, copy.gso, copy.flow) = (packet.checksum, packet.gso, packet.flow);
         Some(copy)
+    }
+
+    /// How many buffers of the packet's size are free.
+    pub(crate) fn free_like(&self, packet: &Packet<H>) -> usize {
+        if packet.is_large() { self.large.free() } else { self.small.free() }
     }
 
     /// Use of the 4 KiB buffers.

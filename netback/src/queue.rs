@@ -158,8 +158,9 @@ impl<H: Hypervisor> Queue<H> {
         Ok(())
     }
 
-    pub(crate) fn enqueue(&mut self, packet: Packet<H>) {
-        self.rx.enqueue(packet);
+    /// Puts a packet in the queue to the guest; `free` is how many buffers of its size are not in use.
+    pub(crate) fn enqueue(&mut self, packet: Packet<H>, free: usize) {
+        self.rx.enqueue(packet, free);
     }
 
     /// Gives packets to the guest.

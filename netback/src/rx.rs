@@ -22,8 +22,6 @@ const COPIES: usize = 512;
 const MAX_REQUESTS: usize = MAX_SLOTS + 3;
 /// Packets that may wait.
 const QUEUE_PACKETS: usize = 512;
-/// Bytes that may wait, so that one guest that takes nothing cannot hold all buffers.
-const QUEUE_BYTES: usize = 2 << 20;
 /// Nanoseconds after which a packet is not waited with any longer (`rx_drain_timeout_msecs` of Linux's netback).
 const EXPIRY: u64 = 10_000_000_000;
 
@@ -39,7 +37,8 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     domain: DomId,
     ring: RxBackRing<Mapping<H>>,
     waiting: VecDeque<Packet<H>>,
-    waiting_bytes: usize,
+    /// How many of them are in large buffers.
+    waiting_large: usize,
     ops: CopyOps,
     batch: Vec<InFlight<H>>,
     refusals: Refusals,
@@ -53,7 +52,7 @@ impl<H: Hypervisor> RxQueue<H> {
             domain,
             ring,
             waiting: VecDeque::with_capacity(QUEUE_PACKETS),
-            waiting_bytes: 0,
+            waiting_large: 0,
             ops: CopyOps::new(COPIES),
             batch: Vec::with_capacity(BATCH),
             refusals: Refusals::default(),
@@ -66,14 +65,24 @@ impl<H: Hypervisor> RxQueue<H> {
         self.ring.into_inner()
     }
 
-    /// Puts a packet in the queue, or drops it if the queue is full.
-    pub(crate) fn enqueue(&mut self, packet: Packet<H>) {
-        if self.waiting.len() >= QUEUE_PACKETS || self.waiting_bytes >= QUEUE_BYTES {
+    /// Puts a packet in the queue, or drops it if the queue is full. A queue may hold no more buffers of a size than are
+    /// `free`: then any number of guests that take nothing leave the others as much as one of them has
+    /// (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998).
+    pub(crate) fn enqueue(&mut self, packet: Packet<H>, free: usize) {
+        let large = packet.is_large();
+        let held = if large { self.waiting_large } else { self.waiting.len() - self.waiting_large };
+        if self.waiting.len() >= QUEUE_PACKETS || held > free {
             self.drops.queue_full += 1;
             return;
         }
-        self.waiting_bytes += packet.len();
+        self.waiting_large += usize::from(large);
         self.waiting.push_back(packet);
+    }
+
+    fn dequeue(&mut self) -> Option<Packet<H>> {
+        let packet = self.waiting.pop_front()?;
+        self.waiting_large -= usize::from(packet.is_large());
+        Some(packet)
     }
 
     /// Whether packets wait.
@@ -109,10 +118,7 @@ impl<H: Hypervisor> RxQueue<H> {
 
     fn expire(&mut self, now: Instant) {
         while self.expiry().is_some_and(|at| at <= now) {
-            if let Some(packet) = self.waiting.pop_front() {
-                self.waiting_bytes = self.waiting_bytes.saturating_sub(packet.len());
-                self.drops.expired += 1;
-            }
+            self.drops.expired += u64::from(self.dequeue().is_some());
         }
     }
 
@@ -127,8 +133,7 @@ impl<H: Hypervisor> RxQueue<H> {
             if slots > room || copies + slots > COPIES {
                 break;
             }
-            let Some(packet) = self.waiting.pop_front() else { break };
-            self.waiting_bytes = self.waiting_bytes.saturating_sub(packet.len());
+            let Some(packet) = self.dequeue() else { break };
             if slots > MAX_REQUESTS {
                 self.drops.too_big += 1;
                 continue;
