@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::traffic;
 use crate::console::Source;
 use crate::metrics::Metrics;
 use crate::run::Run;
@@ -122,8 +123,7 @@ pub fn crash(run: &mut Run) {
         let_go(&before, &after)
     });
     run.check("nothing of the crashed guest is held", Source::Dom(0), made);
-    let made =
-        run.good(2, "pings 4:1 56 20", 30).map(|a| a.lines.first().cloned().unwrap_or_default());
+    let made = traffic::ping(run, 2, "4:1", 56, 20).map(|(text, _)| text);
     run.check("guest 2 still reaches dom0", Source::Dom(2), made);
 }
 

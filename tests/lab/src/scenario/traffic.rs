@@ -28,15 +28,16 @@ pub fn carrier(run: &mut Run, domain: usize) {
 
 /// Pings from guest 1; `to` is as the guest's `at` has it.
 pub fn pings(run: &mut Run, name: &str, to: &str, size: u32, count: u32) {
-    let made = ping(run, to, size, count);
+    let made = ping(run, 1, to, size, count);
     if let Ok((_, average)) = made {
         run.figure(format!("ping_{}_{size}_ms", to.replace(':', "_")), average);
     }
     run.check(name, Source::Dom(1), made.map(|(text, _)| text));
 }
 
-fn ping(run: &Run, to: &str, size: u32, count: u32) -> Result<(String, f64)> {
-    let answer = run.step(1, &format!("pings {to} {size} {count}"), 60)?;
+/// Pings of which none may be lost: what to say of them, and the average in milliseconds.
+pub fn ping(run: &Run, from: usize, to: &str, size: u32, count: u32) -> Result<(String, f64)> {
+    let answer = run.step(from, &format!("pings {to} {size} {count}"), 60)?;
     let text = answer.text();
     ensure!(text.contains(" 0% packet loss"), "{text}");
     ensure!(text.contains(&format!("{count} received")), "{text}");
