@@ -124,7 +124,7 @@ impl Dom0 {
                 capture.record(packet.bytes(), now);
             }
         });
-        self.serve(now);
+        more |= self.serve(now);
         for notice in self.backend.take_notices() {
             tell(&notice);
             self.toolstack.on_notice(&mut self.store.client, &notice);
@@ -143,12 +143,13 @@ impl Dom0 {
         }
     }
 
-    fn serve(&mut self, now: Instant) {
+    /// The local stack's turn; says whether it sent anything.
+    fn serve(&mut self, now: Instant) -> bool {
         let Self { hv, mapper, store, stack, upcalls, backend, .. } = self;
         stack.poll(backend, now, |backend| {
             let ports = upcalls.bound();
             metrics::page(&Sources { hv, backend, store, mapper, ports, now })
-        });
+        })
     }
 
     fn deadline(&mut self, now: Instant) -> Instant {

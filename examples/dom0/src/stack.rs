@@ -34,6 +34,7 @@ const FRAME: usize = 1514;
 struct LocalPort<'a> {
     backend: &'a mut Backend<Hv>,
     now: Instant,
+    sent: &'a mut bool,
 }
 
 struct Received(Packet<Hv>);
@@ -41,6 +42,13 @@ struct Received(Packet<Hv>);
 struct Sender<'a> {
     backend: &'a mut Backend<Hv>,
     now: Instant,
+    sent: &'a mut bool,
+}
+
+impl LocalPort<'_> {
+    fn sender(&mut self) -> Sender<'_> {
+        Sender { backend: self.backend, now: self.now, sent: self.sent }
+    }
 }
 
 impl phy::RxToken for Received {
@@ -56,6 +64,7 @@ impl phy::TxToken for Sender<'_> {
                 let result = f(packet.bytes_mut());
                 packet.checksum = Checksum::Validated;
                 self.backend.send_local(packet, self.now);
+                *self.sent = true;
                 result
             }
             // No buffer is free: it is lost, as on any wire.
@@ -78,13 +87,13 @@ impl Device for LocalPort<'_> {
         loop {
             let packet = self.backend.receive_local()?;
             if trustworthy(&packet) {
-                return Some((Received(packet), Sender { backend: self.backend, now: self.now }));
+                return Some((Received(packet), self.sender()));
             }
         }
     }
 
     fn transmit(&mut self, _: time::Instant) -> Option<Sender<'_>> {
-        Some(Sender { backend: self.backend, now: self.now })
+        Some(self.sender())
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -138,7 +147,8 @@ impl Stack {
     pub(crate) fn new(backend: &mut Backend<Hv>, addresses: &[IpCidr], now: Instant) -> Self {
         let MacAddr(mac) = MacAddr::BACKEND;
         let config = Config::new(EthernetAddress(mac).into());
-        let mut interface = Interface::new(config, &mut LocalPort { backend, now }, at(now));
+        let port = &mut LocalPort { backend, now, sent: &mut false };
+        let mut interface = Interface::new(config, port, at(now));
         interface.update_ip_addrs(|own| {
             for address in addresses {
                 if own.push(*address).is_err() {
@@ -162,23 +172,26 @@ impl Stack {
         self.interface.ip_addrs().iter().map(IpCidr::address)
     }
 
-    /// Handles what came and sends what is due; `page` gives the counters, when they are asked for.
+    /// Handles what came and sends what is due; `page` gives the counters, when they are asked for. Answers whether
+    /// anything was sent: the backend has to be polled for that to reach its guest.
     pub(crate) fn poll(
         &mut self,
         backend: &mut Backend<Hv>,
         now: Instant,
         mut page: impl FnMut(&Backend<Hv>) -> String,
-    ) {
+    ) -> bool {
         let Self { interface, sockets, connections } = self;
-        interface.poll(at(now), &mut LocalPort { backend, now }, sockets);
         let mut sent = false;
+        interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);
+        let mut written = false;
         for connection in connections {
             let socket = sockets.get_mut::<tcp::Socket>(connection.socket);
-            sent |= connection.serve(socket, || page(backend));
+            written |= connection.serve(socket, || page(backend));
         }
-        if sent {
-            interface.poll(at(now), &mut LocalPort { backend, now }, sockets);
+        if written {
+            interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);
         }
+        sent
     }
 
     /// When [`poll`](Self::poll) is to be called though nothing comes.
