@@ -221,16 +221,18 @@ impl Run {
         self.end(begun, seconds)
     }
 
+    /// Waits for the end of a step that has to go well.
+    pub fn end_good(&self, step: Step, seconds: u64) -> Result<Answer> {
+        let (domain, what) = (step.domain, step.what.clone());
+        let answer = self.end(step, seconds)?;
+        let (status, text) = (answer.status, answer.text());
+        ensure!(status == 0, "dom{domain}: \"{what}\" failed ({status}): {text}");
+        Ok(answer)
+    }
+
     /// Takes a step that has to go well.
     pub fn good(&self, domain: usize, step: &str, seconds: u64) -> Result<Answer> {
-        let answer = self.step(domain, step, seconds)?;
-        ensure!(
-            answer.status == 0,
-            "dom{domain}: \"{step}\" failed ({}): {}",
-            answer.status,
-            answer.text()
-        );
-        Ok(answer)
+        self.end_good(self.begin(domain, step)?, seconds)
     }
 }
 

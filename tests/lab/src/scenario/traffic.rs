@@ -1,9 +1,9 @@
 //! Steps that make sense whatever dom0 is: pings, TCP, files.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 
 use crate::console::Source;
-use crate::run::{Answer, Run};
+use crate::run::Run;
 
 /// Checks that both guests' agents take steps.
 pub fn guests_ready(run: &mut Run, seconds: u64) -> bool {
@@ -46,42 +46,56 @@ pub fn ping(run: &Run, from: usize, to: &str, size: u32, count: u32) -> Result<(
     Ok((format!("{count} of {count}, {average:.1} ms on average"), average))
 }
 
-/// The rate that arrived, in Mbit/s, from what iperf3 said.
-fn rate(answer: &Answer) -> Result<f64> {
-    let line = answer
-        .lines
-        .iter()
-        .find(|l| l.contains("receiver"))
-        .with_context(|| format!("no rate: {}", answer.text()))?;
+/// The rate in a line of iperf3's, in Mbit/s.
+fn rate_of(line: &str) -> Result<f64> {
     let words: Vec<_> = line.split_whitespace().collect();
     let unit = words.iter().position(|w| *w == "Mbits/sec").context("no rate in Mbits/sec")?;
     Ok(words.get(unit.saturating_sub(1)).context("no rate")?.parse()?)
 }
 
+/// Checks that something arrived, and keeps the figure.
+fn report(run: &mut Run, what: &str, way: &str, seconds: u32, rate: Result<f64>) {
+    if let Ok(rate) = rate {
+        let name = format!("tcp_{what}_{way}_mbit").replace(',', "").replace(' ', "_");
+        run.figure(name, rate);
+    }
+    let made = rate.and_then(|rate| {
+        ensure!(rate >= 1.0, "only {rate} Mbit/s arrive");
+        Ok(format!("{rate:.0} Mbit/s over {seconds} s"))
+    });
+    run.check(&format!("TCP {way}, {what}"), Source::Dom(1), made);
+}
+
 /// iperf3 between the guests, both ways one after the other. `to` is guest 2 as `at` has it.
 pub fn tcp(run: &mut Run, what: &str, to: &str, seconds: u32) {
     for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
-        let made = run
-            .good(1, &format!("tcp {to} {seconds}{flag}"), u64::from(seconds) + 30)
-            .and_then(|a| rate(&a));
-        if let Ok(rate) = made {
-            run.figure(
-                format!("tcp_{}_{}_mbit", what.replace(' ', "_"), way.replace(' ', "_")),
-                rate,
-            );
-        }
-        let made = made.and_then(|rate| {
-            ensure!(rate >= 1.0, "only {rate} Mbit/s arrive");
-            Ok(format!("{rate:.0} Mbit/s over {seconds} s"))
+        let step = format!("tcp {to} {seconds}{flag}");
+        let made = run.good(1, &step, u64::from(seconds) + 30).and_then(|answer| {
+            let line = answer.lines.iter().find(|l| l.contains("receiver"));
+            rate_of(line.with_context(|| format!("no rate: {}", answer.text()))?)
         });
-        run.check(&format!("TCP {way}, {what}"), Source::Dom(1), made);
+        report(run, what, way, seconds, made);
     }
 }
 
-/// The 64 MiB file each way, with its SHA-256.
+/// iperf3 between the guests, ten seconds, both ways at once.
+pub fn tcp_both(run: &mut Run, what: &str) {
+    let made = run.good(1, "tcp 4:12 10 --bidir", 40);
+    for (role, way) in [("[TX-C]", "1 to 2"), ("[RX-C]", "2 to 1")] {
+        let rate = made.as_ref().map_err(|error| anyhow!("{error:#}")).and_then(|answer| {
+            let line = answer.lines.iter().find(|l| l.contains(role) && l.contains("receiver"));
+            rate_of(line.with_context(|| format!("no rate: {}", answer.text()))?)
+        });
+        report(run, &format!("{what}, both at once"), way, 10, rate);
+    }
+}
+
+/// The 64 MiB file each way, both at once, with its SHA-256.
 pub fn files(run: &mut Run, what: &str) {
-    for (domain, from) in [(2, "4:11"), (1, "4:12")] {
-        let made = run.good(domain, &format!("file {from}"), 80).and_then(|a| {
+    let begun = [(2, "4:11"), (1, "4:12")]
+        .map(|(domain, from)| (domain, run.begin(domain, &format!("file {from}"))));
+    for (domain, step) in begun {
+        let made = step.and_then(|step| run.end_good(step, 80)).and_then(|a| {
             let seconds = a.number("seconds")?.max(0.01);
             let sum = a.value("got").unwrap_or_default().get(..12).unwrap_or_default();
             Ok(format!("SHA-256 {sum}... on both sides, {:.0} Mbit/s", 64.0 * 8.389 / seconds))
@@ -104,15 +118,15 @@ pub fn files_ready(run: &mut Run) {
     }
 }
 
-/// TCP and files with everything as it is, then with ethtool's gso, sg and tx off one by one on both guests, then with
-/// two queues.
+/// TCP and files with everything as it is, each way alone; then, both ways at once, with ethtool's gso, sg and tx off one
+/// by one on both guests, and with two queues.
 pub fn tcp_all(run: &mut Run) {
     tcp(run, "as negotiated", "4:12", 10);
     files(run, "as negotiated");
     for feature in ["gso", "sg", "tx"] {
         let what = format!("{feature} off");
         if switch(run, &what, &format!("feat {feature} off")) {
-            tcp(run, &what, "4:12", 10);
+            tcp_both(run, &what);
             files(run, &what);
         }
         switch(run, &format!("{feature} back on"), "feat tx on sg on gso on tso on");
@@ -122,7 +136,7 @@ pub fn tcp_all(run: &mut Run) {
         both &= queues(run, domain, 2);
     }
     if both {
-        tcp(run, "two queues", "4:12", 10);
+        tcp_both(run, "two queues");
         files(run, "two queues");
     }
     for domain in 1..=2 {

@@ -149,6 +149,6 @@ fn bursts(run: &mut Run, label: &str, list: &[(u32, u32)]) {
 
 /// All sizes: whole datagrams, where every frame is one, then fragmented ones.
 pub fn all(run: &mut Run) {
-    bursts(run, "whole", &[(64, 5000), (512, 5000), (1472, 5000)]);
+    bursts(run, "whole", &[(64, 4000), (512, 3000), (1472, 3000)]);
     bursts(run, "fragmented", &[(20_000, 300)]);
 }
