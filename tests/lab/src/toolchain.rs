@@ -124,14 +124,14 @@ pub fn dom0() -> Result<PathBuf> {
     let task = Task::new("building dom0 for aarch64");
     let out = toolchain
         .cargo("build", AARCH64, false)
-        .args(["--release", "--package", "dom0"])
+        .args(["--profile", "image", "--package", "dom0"])
         .stdin(Stdio::null())
         .output()
         .context("cannot run cargo")?;
     if !out.status.success() {
         bail!("dom0 does not build:\n{}", String::from_utf8_lossy(&out.stderr));
     }
-    let program = paths::lab().join("cargo").join(AARCH64).join("release/dom0");
+    let program = paths::lab().join("cargo").join(AARCH64).join("image/dom0");
     let image = elf::flat(&fs::read(&program)?).context("dom0's program is odd")?;
     ensure!(
         image.get(0x38..0x3c) == Some(b"ARM\x64"),

@@ -47,7 +47,7 @@ pub fn test(name: &'static str) -> Result<Tally> {
         udp::all(&mut run);
         life::reload(&mut run);
         traffic::tcp_all(&mut run);
-        traffic::tcp(&mut run, "IPv6", "6:12", 5);
+        traffic::tcp_both(&mut run, "IPv6", "6:12", 5);
         store::all(&mut run);
         life::crash(&mut run);
     }

@@ -66,36 +66,33 @@ fn report(run: &mut Run, what: &str, way: &str, seconds: u32, rate: Result<f64>)
     run.check(&format!("TCP {way}, {what}"), Source::Dom(1), made);
 }
 
-/// iperf3 between the guests, both ways one after the other. `to` is guest 2 as `at` has it.
-pub fn tcp(run: &mut Run, what: &str, to: &str, seconds: u32) {
+/// iperf3 between the guests, ten seconds, both ways one after the other.
+fn tcp(run: &mut Run, what: &str) {
     for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
-        let step = format!("tcp {to} {seconds}{flag}");
-        let made = run.good(1, &step, u64::from(seconds) + 30).and_then(|answer| {
+        let made = run.good(1, &format!("tcp 4:12 10{flag}"), 40).and_then(|answer| {
             let line = answer.lines.iter().find(|l| l.contains("receiver"));
             rate_of(line.with_context(|| format!("no rate: {}", answer.text()))?)
         });
-        report(run, what, way, seconds, made);
+        report(run, what, way, 10, made);
     }
 }
 
-/// iperf3 between the guests, ten seconds, both ways at once.
-pub fn tcp_both(run: &mut Run, what: &str) {
-    let made = run.good(1, "tcp 4:12 10 --bidir", 40);
+/// iperf3 between the guests, both ways at once. `to` is guest 2 as `at` has it.
+pub fn tcp_both(run: &mut Run, what: &str, to: &str, seconds: u32) {
+    let made = run.good(1, &format!("tcp {to} {seconds} --bidir"), u64::from(seconds) + 30);
     for (role, way) in [("[TX-C]", "1 to 2"), ("[RX-C]", "2 to 1")] {
         let rate = made.as_ref().map_err(|error| anyhow!("{error:#}")).and_then(|answer| {
             let line = answer.lines.iter().find(|l| l.contains(role) && l.contains("receiver"));
             rate_of(line.with_context(|| format!("no rate: {}", answer.text()))?)
         });
-        report(run, &format!("{what}, both at once"), way, 10, rate);
+        report(run, &format!("{what}, both at once"), way, seconds, rate);
     }
 }
 
-/// The 64 MiB file each way, both at once, with its SHA-256.
+/// The 64 MiB file each way, with its SHA-256.
 pub fn files(run: &mut Run, what: &str) {
-    let begun = [(2, "4:11"), (1, "4:12")]
-        .map(|(domain, from)| (domain, run.begin(domain, &format!("file {from}"))));
-    for (domain, step) in begun {
-        let made = step.and_then(|step| run.end_good(step, 80)).and_then(|a| {
+    for (domain, from) in [(2, "4:11"), (1, "4:12")] {
+        let made = run.good(domain, &format!("file {from}"), 80).and_then(|a| {
             let seconds = a.number("seconds")?.max(0.01);
             let sum = a.value("got").unwrap_or_default().get(..12).unwrap_or_default();
             Ok(format!("SHA-256 {sum}... on both sides, {:.0} Mbit/s", 64.0 * 8.389 / seconds))
@@ -121,12 +118,12 @@ pub fn files_ready(run: &mut Run) {
 /// TCP and files with everything as it is, each way alone; then, both ways at once, with ethtool's gso, sg and tx off one
 /// by one on both guests, and with two queues.
 pub fn tcp_all(run: &mut Run) {
-    tcp(run, "as negotiated", "4:12", 10);
+    tcp(run, "as negotiated");
     files(run, "as negotiated");
     for feature in ["gso", "sg", "tx"] {
         let what = format!("{feature} off");
         if switch(run, &what, &format!("feat {feature} off")) {
-            tcp_both(run, &what);
+            tcp_both(run, &what, "4:12", 10);
             files(run, &what);
         }
         switch(run, &format!("{feature} back on"), "feat tx on sg on gso on tso on");
@@ -136,7 +133,7 @@ pub fn tcp_all(run: &mut Run) {
         both &= queues(run, domain, 2);
     }
     if both {
-        tcp_both(run, "two queues");
+        tcp_both(run, "two queues", "4:12", 10);
         files(run, "two queues");
     }
     for domain in 1..=2 {
