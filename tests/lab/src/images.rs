@@ -31,7 +31,7 @@ macro_rules! embedded {
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
     "abuse" "at" "away" "cnt" "crash" "feat" "file" "filesum" "garbage" "get" "met" "net" "pings" "private" "reload"
-    "renet" "settle" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
+    "renet" "settle" "sha" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
     "usend"
 );
 
@@ -125,6 +125,7 @@ impl Source {
             "usr/bin/xenstore-ls",
             "usr/bin/xenstore-list",
             "sbin/ethtool",
+            "usr/bin/openssl",
         ] {
             self.program(&mut tree, name)?;
         }

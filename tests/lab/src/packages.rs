@@ -21,6 +21,7 @@ pub const GUEST: &[&str] = &[
     "libiperf0",
     "libsctp1",
     "libssl3",
+    "openssl",
     "xenstore-utils",
     "libxenstore4",
     "libxentoolcore1",
