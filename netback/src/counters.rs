@@ -2,32 +2,7 @@
 
 use core::ops::AddAssign;
 
-/// Declares a structure of counters that can be summed and listed by name.
-macro_rules! counters {
-    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-        #[non_exhaustive]
-        pub struct $name {
-            $($(#[$field_doc])* pub $field: u64,)*
-        }
-
-        impl AddAssign for $name {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$field = self.$field.wrapping_add(other.$field);)*
-            }
-        }
-
-        impl $name {
-            /// Every counter by its name.
-            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [$((stringify!($field), self.$field)),*].into_iter()
-            }
-        }
-    };
-}
-
-counters! {
+netif::counters! {
     /// Packets that did not get where they were going, by reason.
     Drops {
         /// More slots than a packet may have.
@@ -57,7 +32,7 @@ counters! {
     }
 }
 
-counters! {
+netif::counters! {
     /// One direction of a vif, or of one of its queues.
     Direction {
         /// Packets carried.

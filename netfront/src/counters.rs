@@ -2,24 +2,7 @@
 
 use core::ops::AddAssign;
 
-macro_rules! counters {
-    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident),* $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-        #[non_exhaustive]
-        pub struct $name {
-            $($(#[$field_doc])* pub $field: u64,)*
-        }
-
-        impl AddAssign for $name {
-            fn add_assign(&mut self, other: Self) {
-                $(self.$field = self.$field.wrapping_add(other.$field);)*
-            }
-        }
-    };
-}
-
-counters! {
+netif::counters! {
     /// To the backend.
     TxCounters {
         /// Packets put on the ring.
@@ -43,7 +26,7 @@ counters! {
     }
 }
 
-counters! {
+netif::counters! {
     /// From the backend.
     RxCounters {
         /// Packets handed out.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![doc = include_str!("../README.md")]
 
+mod counters;
 pub mod ctrl;
 pub mod keys;
 pub mod mac;
