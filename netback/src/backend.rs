@@ -396,7 +396,7 @@ impl<H: Hypervisor> Backend<H> {
     }
 
     fn vif_mut(&mut self, port: PortId) -> Option<&mut Vif<H>> {
-        self.vifs.get_mut(usize::from(port.0).checked_sub(1)?)?.as_mut()
+        vif_at(&mut self.vifs, port)
     }
 
     fn deliver(&mut self, packet: Packet<H>, from: PortId, to: PortId, now: Instant) {
@@ -408,8 +408,8 @@ impl<H: Hypervisor> Backend<H> {
             }
             return;
         }
-        let pools = self.pools.clone();
-        let Some(vif) = self.vif_mut(to) else {
+        let Self { vifs, pools, .. } = self;
+        let Some(vif) = vif_at(vifs, to) else {
             if let Some(vif) = self.vif_mut(from) {
                 vif.ended.tx_drops.unreachable += 1;
             }
@@ -426,7 +426,7 @@ impl<H: Hypervisor> Backend<H> {
             let free = pools.free_like(&packet);
             queue.enqueue(packet, free);
         };
-        match fit(packet, features, &pools, now, enqueue) {
+        match fit(packet, features, pools, now, enqueue) {
             Fit::Done => {}
             Fit::TooBig => vif.ended.rx_drops.too_big += 1,
             Fit::NoBuffer => vif.ended.rx_drops.no_buffer += 1,
@@ -487,6 +487,10 @@ impl<H: Hypervisor> fmt::Debug for Backend<H> {
 
 fn port_of(index: usize) -> PortId {
     PortId(u16::try_from(index.saturating_add(1)).unwrap_or(u16::MAX))
+}
+
+fn vif_at<H: Hypervisor>(vifs: &mut [Option<Vif<H>>], port: PortId) -> Option<&mut Vif<H>> {
+    vifs.get_mut(usize::from(port.0).checked_sub(1)?)?.as_mut()
 }
 
 /// The vif that a path at or below `backend/vif/F/N` is of.
