@@ -4,8 +4,9 @@
 //! Everything works on a private, contiguous copy of one Ethernet frame, and believes nothing in it.
 
 pub mod checksum;
-pub mod headers;
 pub mod segment;
+
+pub use netif::headers;
 
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,8 @@
 
 mod counters;
 pub mod ctrl;
+pub mod hash;
+pub mod headers;
 pub mod keys;
 pub mod mac;
 pub mod offload;

@@ -2,6 +2,7 @@
 
 use core::num::NonZeroU16;
 
+use crate::headers::{self, Network, Protocol};
 use crate::slot::{ExtraInfo, GsoType};
 
 /// Bytes of an Ethernet header without tags.
@@ -119,16 +120,6 @@ pub struct FixUp {
     pub bytes: [u8; 2],
 }
 
-const VLAN: u16 = 0x8100;
-const SERVICE_VLAN: u16 = 0x88a8;
-const IPV4: u16 = 0x0800;
-const IPV6: u16 = 0x86dd;
-const TCP: u8 = 6;
-/// Tags in front of the IP header that are looked through.
-const MAX_TAGS: usize = 2;
-/// IPv6 extension headers in front of TCP that are looked through.
-const MAX_EXTENSIONS: usize = 8;
-
 fn byte(header: &[u8], at: usize) -> Result<u8, NotSegmentable> {
     header.get(at).copied().ok_or(NotSegmentable::Header)
 }
@@ -137,71 +128,28 @@ fn pair(header: &[u8], at: usize) -> Result<u16, NotSegmentable> {
     Ok(u16::from_be_bytes([byte(header, at)?, byte(header, at + 1)?]))
 }
 
-fn network_header(header: &[u8], gso: Gso) -> Result<usize, NotSegmentable> {
-    let mut at = 12;
-    for _ in 0..MAX_TAGS {
-        if !matches!(pair(header, at)?, VLAN | SERVICE_VLAN) {
-            break;
-        }
-        at += 4;
-    }
-    let (ether_type, version) = match gso.version {
-        IpVersion::V4 => (IPV4, 4),
-        IpVersion::V6 => (IPV6, 6),
-    };
-    if pair(header, at)? != ether_type {
+/// The IP header that `gso` announces, and where TCP's is.
+fn tcp_header(header: &[u8], gso: Gso) -> Result<(Network, usize), NotSegmentable> {
+    let (kind, _) = headers::ethertype(header).ok_or(NotSegmentable::Header)?;
+    if headers::ip_version(kind) != Some(gso.version) {
         return Err(NotSegmentable::NotTcp);
     }
-    if byte(header, at + 2)? >> 4 != version {
-        return Err(NotSegmentable::Header);
-    }
-    Ok(at + 2)
-}
-
-fn transport_header(header: &[u8], gso: Gso, ip: usize) -> Result<usize, NotSegmentable> {
-    match gso.version {
-        IpVersion::V4 => {
-            let len = usize::from(byte(header, ip)? & 0xf) * 4;
-            if len < 20 {
-                return Err(NotSegmentable::Header);
-            }
-            let fragment = pair(header, ip + 6)? & 0x3fff != 0;
-            if fragment || byte(header, ip + 9)? != TCP {
-                return Err(NotSegmentable::NotTcp);
-            }
-            Ok(ip + len)
-        }
-        IpVersion::V6 => {
-            let (mut next, mut at) = (byte(header, ip + 6)?, ip + 40);
-            for _ in 0..MAX_EXTENSIONS {
-                match next {
-                    TCP => return Ok(at),
-                    // Hop-by-hop, routing and destination options: length in 8-byte units, the first not counted.
-                    0 | 43 | 60 => {
-                        next = byte(header, at)?;
-                        at += (usize::from(byte(header, at + 1)?) + 1) * 8;
-                    }
-                    _ => break,
-                }
-            }
-            Err(NotSegmentable::NotTcp)
-        }
+    let network = headers::network(header).ok_or(NotSegmentable::Header)?;
+    match network.next {
+        Some(next) if next.protocol == Protocol::Tcp.number() => Ok((network, next.offset)),
+        _ => Err(NotSegmentable::NotTcp),
     }
 }
 
 /// The one's complement sum over the pseudo-header, as the checksum field of a [`Checksum::Blank`] packet holds it.
 fn pseudo_header_sum(
     header: &[u8],
-    gso: Gso,
-    ip: usize,
+    network: &Network,
     tcp_len: u16,
 ) -> Result<[u8; 2], NotSegmentable> {
-    let addresses = match gso.version {
-        IpVersion::V4 => ip + 12..ip + 20,
-        IpVersion::V6 => ip + 8..ip + 40,
-    };
-    let mut sum = u32::from(tcp_len) + u32::from(TCP);
-    for at in addresses.step_by(2) {
+    let (addresses, len) = network.addresses();
+    let mut sum = u32::from(tcp_len) + u32::from(Protocol::Tcp.number());
+    for at in (addresses..addresses + len).step_by(2) {
         sum += u32::from(pair(header, at)?);
     }
     while sum > 0xffff {
@@ -223,8 +171,7 @@ pub fn check_segmentation(
     checksum: Checksum,
 ) -> Result<Segmentation, NotSegmentable> {
     let header = header.get(..usize::from(size)).unwrap_or(header);
-    let network = network_header(header, gso)?;
-    let transport = transport_header(header, gso, network)?;
+    let (network, transport) = tcp_header(header, gso)?;
     let tcp_header = usize::from(byte(header, transport + 12)? >> 4) * 4;
     let payload = transport + tcp_header;
     if tcp_header < 20 || payload > header.len() {
@@ -232,7 +179,7 @@ pub fn check_segmentation(
     }
     let narrow = |at: usize| u16::try_from(at).map_err(|_| NotSegmentable::Header);
     let (network_at, transport_at, payload_at) =
-        (narrow(network)?, narrow(transport)?, narrow(payload)?);
+        (narrow(network.offset)?, narrow(transport)?, narrow(payload)?);
     let bytes = size.saturating_sub(payload_at);
     if gso.size.get() > bytes {
         return Err(NotSegmentable::Payload { size: gso.size.get(), payload: bytes });
@@ -241,7 +188,7 @@ pub fn check_segmentation(
         None
     } else {
         let tcp_len = size.saturating_sub(transport_at);
-        let bytes = pseudo_header_sum(header, gso, network, tcp_len)?;
+        let bytes = pseudo_header_sum(header, &network, tcp_len)?;
         Some(FixUp { at: transport_at.saturating_add(16), bytes })
     };
     Ok(Segmentation {

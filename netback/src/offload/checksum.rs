@@ -2,7 +2,7 @@
 
 use netif::offload::IpVersion;
 
-use super::headers::{self, Headers, Protocol, Transport};
+use netif::headers::{self, Headers, Protocol, Transport};
 
 /// What a checksum field is left with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,7 +4,7 @@
 use netif::offload::IpVersion;
 
 use super::checksum::{self, Fill, Sum};
-use super::headers::{self, Headers, Protocol, Transport};
+use netif::headers::{self, Headers, Protocol, Transport};
 
 /// The smallest segment size taken (Linux `TCP_MIN_GSO_SIZE`): a packet of one-byte segments would cost its receiver
 /// 65,000 headers.

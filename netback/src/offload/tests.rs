@@ -9,8 +9,8 @@ use smoltcp::wire::{IpAddress, Ipv4Packet, Ipv6Packet, TcpPacket, TcpSeqNumber, 
 use netif::offload::IpVersion;
 
 use super::checksum::{Fill, blank, complete, is_valid};
-use super::headers::{Headers, Protocol, Transport, ethertype, parse};
 use super::segment::segments;
+use netif::headers::{Headers, Protocol, Transport, ethertype, parse};
 
 /// What a frame is made of. Lengths are right unless a test spoils them; checksums are not filled in.
 #[derive(Clone, Debug)]
