@@ -31,6 +31,8 @@ pub mod op {
     pub const XENVER_GET_FEATURES: u64 = 6;
     /// `CONSOLEIO_write` (xen.h)
     pub const CONSOLEIO_WRITE: u64 = 0;
+    /// `CONSOLEIO_read`
+    pub const CONSOLEIO_READ: u64 = 1;
     /// `EVTCHNOP_bind_interdomain` (event_channel.h)
     pub const EVTCHN_BIND_INTERDOMAIN: u64 = 0;
     /// `EVTCHNOP_bind_virq`

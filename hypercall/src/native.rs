@@ -88,6 +88,22 @@ impl<P: Platform> Xen<P> {
         };
     }
 
+    /// Takes what was typed at Xen's console while the input was this domain's (`CONSOLEIO_read`), and says how many bytes
+    /// that is. Xen lets dom0 alone read it, and keeps 128 bytes.
+    pub fn console_read(&self, bytes: &mut [u8]) -> usize {
+        // SAFETY: Xen writes at most `len` bytes, to the slice.
+        let read = unsafe {
+            hypercall(
+                call::CONSOLE_IO,
+                op::CONSOLEIO_READ,
+                bytes.len() as u64,
+                bytes.as_mut_ptr().expose_provenance() as u64,
+            )
+        };
+        // To whoever may not read, nothing was typed.
+        read.map_or(0, |read| bytes.len().min(usize::try_from(read).unwrap_or(0)))
+    }
+
     /// Ends this domain.
     pub fn shutdown(&self, how: Shutdown) -> ! {
         let mut reason: u32 = match how {

@@ -73,6 +73,8 @@ impl DomId {
 }
 
 impl Virq {
+    /// Something was typed at Xen's console; for dom0 (`VIRQ_CONSOLE`).
+    pub const CONSOLE: Self = Self(2);
     /// Some domain shut down, crashed or died; for the domain that plays toolstack (`VIRQ_DOM_EXC`).
     pub const DOM_EXC: Self = Self(3);
 }

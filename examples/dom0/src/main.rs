@@ -7,10 +7,14 @@
 extern crate alloc;
 
 mod capture;
+mod console;
+mod editor;
 mod metrics;
 mod stack;
 mod store;
 mod toolstack;
+mod vifs;
+mod withdrawal;
 
 use core::num::NonZeroUsize;
 
@@ -22,12 +26,15 @@ use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Notice};
 use runtime::{BootInfo, Hv};
 use smoltcp::wire::{IpCidr, Ipv4Address, Ipv6Address};
+use xenbus::client::Event;
 
 use crate::capture::Capture;
+use crate::console::Console;
 use crate::metrics::Sources;
 use crate::stack::Stack;
 use crate::store::Store;
 use crate::toolstack::Toolstack;
+use crate::withdrawal::{Heard, Key};
 
 runtime::entry!(run);
 
@@ -47,6 +54,8 @@ struct Dom0 {
     stack: Stack,
     capture: Option<Capture>,
     exceptions: Channel<Hv>,
+    console: Console,
+    withdrawn: Key,
 }
 
 fn run(hv: Hv, boot: BootInfo) -> ! {
@@ -93,11 +102,25 @@ impl Dom0 {
             log::info!("dom0: http://{address}/metrics");
         }
         let exceptions = binder.bind_virq(Virq::DOM_EXC, VcpuId(0))?;
+        let console = Console::new(hv, &binder)?;
+        let withdrawn = Key::new(&mut store.client);
         let mut toolstack = Toolstack::new(hv);
         toolstack.start(&mut store, &binder, now);
         let capture = Capture::new(&hv);
         log::info!("dom0: ready");
-        Ok(Self { hv, upcalls, mapper, store, backend, toolstack, stack, capture, exceptions })
+        Ok(Self {
+            hv,
+            upcalls,
+            mapper,
+            store,
+            backend,
+            toolstack,
+            stack,
+            capture,
+            exceptions,
+            console,
+            withdrawn,
+        })
     }
 
     /// A bounded piece of everything there is to do; says whether there is more.
@@ -115,7 +138,7 @@ impl Dom0 {
         let mut more = found == PORTS;
         more |= self.store.poll(now);
         while let Some(event) = self.store.client.poll_event() {
-            self.backend.on_store(&mut self.store.client, &event, now);
+            self.on_store(&event, now);
             more = true;
         }
         let capture = &mut self.capture;
@@ -125,6 +148,7 @@ impl Dom0 {
             }
         });
         more |= self.serve(now);
+        more |= self.console.poll(&mut self.store.client, &self.backend, now);
         for notice in self.backend.take_notices() {
             tell(&notice);
             self.toolstack.on_notice(&mut self.store.client, &notice);
@@ -134,12 +158,25 @@ impl Dom0 {
     }
 
     fn on_event(&mut self, port: Port, now: Instant) {
-        if self.backend.on_event(port) || self.store.on_event(port) {
+        if self.backend.on_event(port) || self.store.on_event(port) || self.console.on_event(port) {
             return;
         }
         if port == self.exceptions.port() {
             self.toolstack.look(&mut self.store, &mut self.backend, now);
             let (Eoi::Open | Eoi::Throttled(_)) = self.exceptions.eoi(Work::Done, now);
+        }
+    }
+
+    fn on_store(&mut self, event: &Event, now: Instant) {
+        let client = &mut self.store.client;
+        match self.withdrawn.on_store(client, event) {
+            Heard::Value(value) => withdraw(&mut self.backend, &value, now),
+            Heard::Nothing => {}
+            Heard::Other => {
+                if !self.console.on_store(client, event) {
+                    self.backend.on_store(client, event, now);
+                }
+            }
         }
     }
 
@@ -158,6 +195,11 @@ impl Dom0 {
             .flatten()
             .fold(self.backend.deadline(now), Instant::min)
     }
+}
+
+/// Applies the operator's word: what it names is withdrawn, all else is given back.
+fn withdraw(_backend: &mut Backend<Hv>, value: &str, _now: Instant) {
+    log::info!("dom0: withdrawn: {}", value.escape_debug());
 }
 
 fn tell(notice: &Notice) {

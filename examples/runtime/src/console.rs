@@ -1,6 +1,7 @@
 //! Words for whoever reads Xen's console: the backend of `log`, and what is said of a crash.
 
 use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
@@ -48,6 +49,30 @@ impl Drop for Line {
     }
 }
 
+/// Whether the console's last line is one of [`print`]'s that has not ended.
+static OPEN: AtomicBool = AtomicBool::new(false);
+
+/// Prints bytes as they are: an answer, or a prompt. A line may be left open; the next line of `log` ends it.
+pub fn print(text: &[u8]) {
+    if let Some(last) = text.last() {
+        HV.console_write(text);
+        OPEN.store(*last != b'\n', Ordering::Relaxed);
+    }
+}
+
+/// Whether what [`print`] left open still is: no line of `log` has ended it.
+#[must_use]
+pub fn is_line_open() -> bool {
+    OPEN.load(Ordering::Relaxed)
+}
+
+/// Ends a line that is open. There is one processor and no handler: nobody opens another before the caller prints.
+fn end_open_line() {
+    if is_line_open() {
+        print(b"\n");
+    }
+}
+
 struct Console;
 
 impl Log for Console {
@@ -56,6 +81,7 @@ impl Log for Console {
     }
 
     fn log(&self, record: &Record<'_>) {
+        end_open_line();
         let now = crate::now().0;
         // Writing to a `Line` never fails, and there is nowhere to report what an argument's `Display` returned.
         let _ = writeln!(
@@ -81,6 +107,7 @@ pub fn init() {
 #[cfg(target_os = "none")]
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    end_open_line();
     let _ = writeln!(Line::new(), "[PANIC] {info}");
     HV.shutdown(hypercall::Shutdown::Crash)
 }

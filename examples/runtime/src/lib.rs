@@ -19,6 +19,7 @@ mod tree;
 mod windows;
 
 pub use arch::{idle, now};
+pub use console::{is_line_open, print};
 pub use heap::{HeapStats, heap_stats};
 pub use machine::{Hv, Machine};
 pub use windows::WINDOWS;
