@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use hypercall::arch::shared_info as layout;
 use hypercall::{DomId, Errno, Port, VcpuId, Virq};
 
-use crate::memory::Page;
+use crate::page::Page;
 use crate::{Handle, State};
 
 /// Virtual interrupt lines there are (`NR_VIRQS`).

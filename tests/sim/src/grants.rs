@@ -1,6 +1,6 @@
 //! Grant tables: Xen's side, version 1, with the statuses of Xen 4.17's common/grant_table.c.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 
 use hypercall::abi::{
@@ -11,7 +11,9 @@ use hypercall::abi::{
 use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, GrantTableSize, MapHandle, PAGE_SIZE};
 
 use crate::State;
-use crate::memory::{Machine, Mfn, Page, Shown, ShownBy};
+use crate::machine::{Machine, Mfn};
+use crate::memory::{Shown, ShownBy};
+use crate::page::Page;
 
 /// `GTF_type_mask`, and `GTF_sub_page`, with which a page can be copied but not mapped.
 const GTF_TYPE_MASK: u16 = 3;
@@ -19,6 +21,8 @@ const GTF_SUB_PAGE: u16 = 1 << 8;
 /// `GNTMAP_device_map`, `GNTMAP_application_map` and `GNTMAP_contains_pte`: not for domains with translated memory.
 const GNTMAP_DEVICE_MAP: u32 = 1;
 const GNTMAP_UNTRANSLATED: u32 = GNTMAP_DEVICE_MAP | 1 << 3 | 1 << 4;
+/// The bit of `XENFEAT_grant_map_identity`, which only Xen 4.5.0-rc1 sets.
+const XENFEAT_GRANT_MAP_IDENTITY: u32 = 1 << 12;
 /// How many users of one kind an entry may have: Xen counts in 8 bits and stops before they overflow.
 const MAX_PINS: u32 = 128;
 /// How often Xen tries to mark an entry that its owner keeps changing.
@@ -53,6 +57,8 @@ pub(crate) struct Tracked {
     pub(crate) at: Gfn,
     pub(crate) read_only: bool,
     mfn: Mfn,
+    /// It entered an alias, whatever the feature bits say by now.
+    aliased: bool,
 }
 
 /// A domain's grant table and its table of mappings.
@@ -61,10 +67,13 @@ pub(crate) struct Grants {
     frames: Vec<Page>,
     pub(crate) max_frames: u32,
     active: Vec<Active>,
+    /// Handles that were ever used; those that are free again go first in, first out, as in Xen.
     maptrack: Vec<Option<Tracked>>,
-    /// First in, first out, as Xen does.
     free_handles: VecDeque<u32>,
+    handles: usize,
     max_mappings: usize,
+    /// How many mappings there are of each page.
+    mapped: HashMap<Mfn, u32>,
 }
 
 impl Grants {
@@ -73,9 +82,11 @@ impl Grants {
             frames: Vec::new(),
             max_frames,
             active: Vec::new(),
-            maptrack: vec![None; maptrack as usize],
-            free_handles: (0..maptrack).collect(),
+            maptrack: Vec::new(),
+            free_handles: VecDeque::new(),
+            handles: maptrack as usize,
             max_mappings: maptrack as usize,
+            mapped: HashMap::new(),
         }
     }
 
@@ -149,7 +160,22 @@ impl Grants {
     /// A number for a new mapping, if there may be one more.
     fn take_handle(&mut self) -> Option<u32> {
         let live = self.maptrack.len() - self.free_handles.len();
-        if live >= self.max_mappings { None } else { self.free_handles.pop_front() }
+        if live >= self.max_mappings {
+            return None;
+        }
+        if self.maptrack.len() < self.handles {
+            self.maptrack.push(None);
+            return Some(self.maptrack.len() as u32 - 1);
+        }
+        self.free_handles.pop_front()
+    }
+
+    fn forget(&mut self, mfn: Mfn) {
+        let Some(count) = self.mapped.get_mut(&mfn) else { return };
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            self.mapped.remove(&mfn);
+        }
     }
 
     /// Mappings that the domain has.
@@ -360,7 +386,7 @@ impl State {
         let read_only = op.flags & GNTMAP_READONLY != 0;
         let (of, gref, at) = (op.dom, op.gref, Gfn::of_address(op.host_addr));
         let mfn = self.pin(of, gref, me, read_only, true)?;
-        let shown = Shown { mfn, by: ShownBy::Grant };
+        let shown = Shown { mfn, by: ShownBy::Grant { read_only } };
         let own =
             self.domains.get_mut(&me).filter(|_| op.flags & !GNTMAP_READONLY == GNTMAP_HOST_MAP);
         let placed = own.is_some_and(|own| own.memory.show(at, shown));
@@ -370,12 +396,17 @@ impl State {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         self.machine.hold(mfn);
-        let slot = self
-            .domains
-            .get_mut(&me)
-            .and_then(|own| own.grants.maptrack.get_mut(handle as usize))
-            .ok_or(GrantStatus::GENERAL_ERROR)?;
-        *slot = Some(Tracked { of, gref, at, read_only, mfn });
+        let own = self.domains.get_mut(&me).ok_or(GrantStatus::GENERAL_ERROR)?;
+        let aliased = me != of
+            && own.memory.is_direct()
+            && own.handle.features() & XENFEAT_GRANT_MAP_IDENTITY != 0;
+        if aliased {
+            own.memory.enter_alias(mfn, read_only);
+        }
+        *own.grants.mapped.entry(mfn).or_default() += 1;
+        let slot = own.grants.maptrack.get_mut(handle as usize);
+        *slot.ok_or(GrantStatus::GENERAL_ERROR)? =
+            Some(Tracked { of, gref, at, read_only, mfn, aliased });
         Ok(mfn)
     }
 
@@ -404,6 +435,10 @@ impl State {
         let slot = own.grants.maptrack.get_mut(handle.0 as usize);
         let Some(tracked) = slot.and_then(Option::take) else { return };
         own.memory.hide(tracked.at);
+        if tracked.aliased {
+            own.memory.leave_alias(tracked.mfn, tracked.read_only);
+        }
+        own.grants.forget(tracked.mfn);
         own.grants.free_handles.push_back(handle.0);
         self.machine.let_go(tracked.mfn);
         self.unpin(tracked.of, tracked.gref, tracked.read_only);
@@ -422,6 +457,6 @@ impl State {
     /// Whether `by` has mapped the page by a grant (`grant_map_exists`).
     pub(crate) fn has_mapped(&self, by: DomId, mfn: Mfn) -> bool {
         let domain = self.domains.get(&by);
-        domain.is_some_and(|domain| domain.grants.mappings().any(|(_, own)| own.mfn == mfn))
+        domain.is_some_and(|domain| domain.grants.mapped.contains_key(&mfn))
     }
 }

@@ -15,7 +15,8 @@ use hypercall::{
 
 use crate::domain::Handle;
 use crate::faults::{Fault, Hypercalls, Kind};
-use crate::memory::{Mfn, Shown, ShownBy};
+use crate::machine::Mfn;
+use crate::memory::{Shown, ShownBy};
 use crate::{Shared, State, wake};
 
 /// The simulated Xen as one domain sees it.
@@ -358,8 +359,9 @@ unsafe impl Toolstack for SimHv {
         }
         let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
         let mfn = found.memory.translate(frame).ok_or(Errno::INVAL)?;
+        let by = ShownBy::Foreign(domain, frame);
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
-        if !own.memory.show(window.gfn(), Shown { mfn, by: ShownBy::Foreign(domain, frame) }) {
+        if !own.memory.show(window.gfn(), Shown { mfn, by }) {
             let at = window.gfn().0;
             state.violation(
                 self.own.id,
@@ -374,7 +376,7 @@ unsafe impl Toolstack for SimHv {
     unsafe fn unmap_foreign(&self, window: &Window) -> Result<(), Errno> {
         let mut state = self.privileged(Kind::UnmapForeign)?;
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
-        let Some(Shown { mfn, by: ShownBy::Foreign(of, _) }) = own.memory.shown(window.gfn())
+        let Some(Shown { mfn, by: ShownBy::Foreign(of, ..) }) = own.memory.shown(window.gfn())
         else {
             return Err(Errno::NOENT);
         };

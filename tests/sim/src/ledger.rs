@@ -54,6 +54,15 @@ pub enum Item {
         /// Where.
         at: Gfn,
     },
+    /// A page of another's at its machine frame number, besides where it is mapped (XENFEAT bit 12).
+    Alias {
+        /// Whose.
+        of: DomId,
+        /// Where.
+        at: Gfn,
+        /// For reading only.
+        read_only: bool,
+    },
     /// Space to map at, with nothing there.
     Window {
         /// Where.
@@ -73,7 +82,9 @@ impl Item {
     fn other(&self) -> Option<DomId> {
         match *self {
             Self::Grant { to, .. } => Some(to),
-            Self::Mapping { of, .. } | Self::Foreign { of, .. } => Some(of),
+            Self::Mapping { of, .. } | Self::Foreign { of, .. } | Self::Alias { of, .. } => {
+                Some(of)
+            }
             Self::Port { state: PortState::Interdomain(other, _), .. } => Some(other),
             Self::Port { state: PortState::Unbound(other), .. } => Some(other),
             Self::Pages { .. } | Self::Window { .. } | Self::Port { .. } => None,
@@ -98,6 +109,9 @@ impl fmt::Display for Item {
             }
             Self::Foreign { of, frame, at } => {
                 write!(f, "foreign map of d{of}'s gfn {:#x} at gfn {:#x}", frame.0, at.0)
+            }
+            Self::Alias { of, at, read_only } => {
+                write!(f, "alias of d{of}'s page at gfn {:#x} {}", at.0, access(*read_only))
             }
             Self::Window { at } => write!(f, "window at gfn {:#x}", at.0),
             Self::Port { port, state } => match state {
@@ -138,8 +152,12 @@ impl Ledger {
                 match shown.map(|shown| shown.by) {
                     None => add(Item::Window { at }),
                     Some(ShownBy::Foreign(of, frame)) => add(Item::Foreign { of, frame, at }),
-                    Some(ShownBy::Grant) => continue,
+                    Some(ShownBy::Grant { .. }) => continue,
                 };
+            }
+            for (mfn, read_only) in domain.memory.aliases() {
+                let of = state.machine.owner(mfn).unwrap_or(DomId::SELF);
+                add(Item::Alias { of, at: Gfn(mfn.0), read_only });
             }
             for (port, state) in domain.events.ports() {
                 add(Item::Port { port, state });

@@ -6,7 +6,9 @@ mod faults;
 mod grants;
 mod hv;
 mod ledger;
+mod machine;
 mod memory;
+mod page;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,10 +23,13 @@ pub use events::PortState;
 pub use faults::{Fault, FaultPlan, Hypercalls, Kind};
 pub use hv::SimHv;
 pub use ledger::{Item, Ledger, LedgerDiff};
+pub use memory::{P2mEntry, P2mKind};
 
 use domain::{Domain, Handle};
 use events::Bits;
-use memory::{Machine, Memory, Page};
+use machine::Machine;
+use memory::Memory;
+use page::Page;
 
 /// A machine that runs a simulated Xen, with its domains. Cheap to clone; all clones are the same machine.
 #[derive(Clone, Debug)]
@@ -304,19 +309,28 @@ impl Sim {
         state.domains.iter().filter(|(_, domain)| has(domain)).map(|(id, _)| *id).collect()
     }
 
-    /// Reads a domain's memory; `false` if it has no such frame. Stops at the end of the page.
+    /// What a guest frame number stands for, if anything is there.
+    #[must_use]
+    pub fn p2m(&self, id: DomId, frame: Gfn) -> Option<P2mEntry> {
+        self.domain(id, |domain| domain.memory.lookup(frame))?.map(|(_, entry)| entry)
+    }
+
+    /// Reads what a domain has at a frame: its own memory, or what is mapped there; `false` if that is nothing. Stops at the
+    /// end of the page.
     #[must_use]
     pub fn read(&self, id: DomId, frame: Gfn, offset: usize, to: &mut [u8]) -> bool {
-        self.page(id, frame).map(|page| page.read(offset, to)).is_some()
+        self.page(id, frame).map(|(page, _)| page.read(offset, to)).is_some()
     }
 
-    /// Writes a domain's memory as the domain itself could; `false` if it has no such frame.
+    /// Writes what a domain has at a frame as the domain itself could; `false` if nothing is there, or for reading only.
     pub fn write(&self, id: DomId, frame: Gfn, offset: usize, from: &[u8]) -> bool {
-        self.page(id, frame).map(|page| page.write(offset, from)).is_some()
+        let found = self.page(id, frame).filter(|(_, entry)| entry.writable);
+        found.map(|(page, _)| page.write(offset, from)).is_some()
     }
 
-    fn page(&self, id: DomId, frame: Gfn) -> Option<Page> {
+    fn page(&self, id: DomId, frame: Gfn) -> Option<(Page, P2mEntry)> {
         let state = self.0.lock();
-        state.machine.page(state.domains.get(&id)?.memory.translate(frame)?)
+        let (mfn, entry) = state.domains.get(&id)?.memory.lookup(frame)?;
+        Some((state.machine.page(mfn)?, entry))
     }
 }

@@ -1,219 +1,15 @@
-//! Machine memory, and each domain's own view of it.
-//!
-//! Every page is an allocation of the host that stays where it is until the last handle to the simulated machine is gone, so
-//! no pointer that the machine ever gave out dangles, whatever the domains do wrong.
+//! Each domain's own view of memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use hypercall::{BusAddr, DomId, Gfn, PAGE_SIZE, Window};
+use hypercall::{BusAddr, DomId, Gfn, Window};
 
-/// The first machine frame: no frame number is ever mistaken for a small integer.
-const FIRST_MFN: u64 = 0x4_0000;
+use crate::machine::{Machine, Mfn, POISON};
+
 /// Where windows begin: above all memory that a direct-mapped domain could have.
 const FIRST_WINDOW: u64 = 0x800_0000;
-/// What a freed page holds, so that who still reads it notices.
-const POISON: u8 = 0xdb;
-
-/// A page of the host, accessed through atomics alone.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Page {
-    base: NonNull<u8>,
-}
-
-// SAFETY: every access is atomic, and the page outlives the machine's last handle.
-unsafe impl Send for Page {}
-// SAFETY: as above.
-unsafe impl Sync for Page {}
-
-impl Page {
-    pub(crate) fn base(self) -> NonNull<u8> {
-        self.base
-    }
-
-    fn at<T>(self, offset: usize) -> NonNull<T> {
-        let within = (offset % PAGE_SIZE) & !(size_of::<T>() - 1);
-        // SAFETY: rounded down to a multiple of the size, so a `T` there ends within the page.
-        unsafe { self.base.add(within) }.cast()
-    }
-
-    pub(crate) fn byte(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: within the page, which is valid for as long as a handle to the machine lives.
-        unsafe { self.at(offset).as_ref() }
-    }
-
-    pub(crate) fn half(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: as above, and aligned by `at`.
-        unsafe { self.at(offset).as_ref() }
-    }
-
-    pub(crate) fn word(&self, offset: usize) -> &AtomicU32 {
-        // SAFETY: as above, and aligned by `at`.
-        unsafe { self.at(offset).as_ref() }
-    }
-
-    pub(crate) fn long(&self, offset: usize) -> &AtomicU64 {
-        // SAFETY: as above, and aligned by `at`.
-        unsafe { self.at(offset).as_ref() }
-    }
-
-    /// Copies bytes out, as many as there are up to the end of the page.
-    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) {
-        let len = to.len().min(PAGE_SIZE.saturating_sub(offset));
-        let to = to.get_mut(..len).unwrap_or_default();
-        let (head, rest) = to.split_at_mut((offset.wrapping_neg() % 8).min(len));
-        let mut at = offset;
-        for byte in head {
-            *byte = self.byte(at).load(Ordering::Relaxed);
-            at += 1;
-        }
-        let mut longs = rest.chunks_exact_mut(8);
-        for long in &mut longs {
-            long.copy_from_slice(&self.long(at).load(Ordering::Relaxed).to_ne_bytes());
-            at += 8;
-        }
-        for byte in longs.into_remainder() {
-            *byte = self.byte(at).load(Ordering::Relaxed);
-            at += 1;
-        }
-    }
-
-    /// Copies bytes in, as many as there is room for up to the end of the page.
-    pub(crate) fn write(&self, offset: usize, from: &[u8]) {
-        let len = from.len().min(PAGE_SIZE.saturating_sub(offset));
-        let from = from.get(..len).unwrap_or_default();
-        let (head, rest) = from.split_at((offset.wrapping_neg() % 8).min(len));
-        let mut at = offset;
-        for byte in head {
-            self.byte(at).store(*byte, Ordering::Relaxed);
-            at += 1;
-        }
-        let (longs, tail) = rest.as_chunks::<8>();
-        for long in longs {
-            self.long(at).store(u64::from_ne_bytes(*long), Ordering::Relaxed);
-            at += 8;
-        }
-        for byte in tail {
-            self.byte(at).store(*byte, Ordering::Relaxed);
-            at += 1;
-        }
-    }
-
-    fn fill(&self, byte: u8) {
-        let long = u64::from_ne_bytes([byte; 8]);
-        for at in (0..PAGE_SIZE).step_by(8) {
-            self.long(at).store(long, Ordering::Relaxed);
-        }
-    }
-}
-
-/// A machine frame number, which only Xen and the bus know.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Mfn(u64);
-
-impl Mfn {
-    pub(crate) fn bus(self) -> BusAddr {
-        BusAddr(Gfn(self.0).address())
-    }
-
-    pub(crate) fn of_bus(address: BusAddr) -> Self {
-        Self(Gfn::of_address(address.0).0)
-    }
-}
-
-#[derive(Debug)]
-struct MachinePage {
-    page: Page,
-    owner: DomId,
-    /// Where its owner has it.
-    gfn: Gfn,
-    /// Mappings of it by anyone but its owner.
-    uses: u32,
-}
-
-/// All memory there is.
-#[derive(Debug)]
-pub(crate) struct Machine {
-    /// By frame number; `None` are holes, so that one past the end of an allocation is nobody's.
-    pages: Vec<Option<MachinePage>>,
-    by_address: HashMap<usize, Mfn>,
-    blocks: Vec<(Page, Layout)>,
-}
-
-impl Machine {
-    pub(crate) fn new() -> Self {
-        Self { pages: Vec::new(), by_address: HashMap::new(), blocks: Vec::new() }
-    }
-
-    /// Zeroed pages, adjacent in the host's memory and in frame numbers.
-    pub(crate) fn allocate(&mut self, owner: DomId, count: NonZeroUsize) -> Option<(Mfn, Page)> {
-        let bytes = count.get().checked_mul(PAGE_SIZE)?;
-        let layout = Layout::from_size_align(bytes, PAGE_SIZE).ok()?;
-        // SAFETY: the size is not 0.
-        let base = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        self.blocks.push((Page { base }, layout));
-        let first = Mfn(FIRST_MFN + self.pages.len() as u64);
-        for at in 0..count.get() {
-            // SAFETY: within the allocation.
-            let page = Page { base: unsafe { base.add(at * PAGE_SIZE) } };
-            self.by_address.insert(page.base.addr().get(), Mfn(first.0 + at as u64));
-            self.pages.push(Some(MachinePage { page, owner, gfn: Gfn::INVALID, uses: 0 }));
-        }
-        self.pages.push(None);
-        Some((first, Page { base }))
-    }
-
-    fn get(&self, mfn: Mfn) -> Option<&MachinePage> {
-        self.pages.get(usize::try_from(mfn.0.checked_sub(FIRST_MFN)?).ok()?)?.as_ref()
-    }
-
-    fn get_mut(&mut self, mfn: Mfn) -> Option<&mut MachinePage> {
-        self.pages.get_mut(usize::try_from(mfn.0.checked_sub(FIRST_MFN)?).ok()?)?.as_mut()
-    }
-
-    pub(crate) fn page(&self, mfn: Mfn) -> Option<Page> {
-        self.get(mfn).map(|found| found.page)
-    }
-
-    pub(crate) fn owner(&self, mfn: Mfn) -> Option<DomId> {
-        self.get(mfn).map(|found| found.owner)
-    }
-
-    pub(crate) fn uses(&self, mfn: Mfn) -> u32 {
-        self.get(mfn).map_or(0, |found| found.uses)
-    }
-
-    /// One more mapping of the page.
-    pub(crate) fn hold(&mut self, mfn: Mfn) {
-        if let Some(found) = self.get_mut(mfn) {
-            found.uses += 1;
-        }
-    }
-
-    /// One mapping of the page less.
-    pub(crate) fn let_go(&mut self, mfn: Mfn) {
-        if let Some(found) = self.get_mut(mfn) {
-            found.uses = found.uses.saturating_sub(1);
-        }
-    }
-
-    /// How many pages of `owner` others have mapped.
-    pub(crate) fn in_use(&self, owner: DomId) -> usize {
-        self.pages.iter().flatten().filter(|page| page.owner == owner && page.uses != 0).count()
-    }
-}
-
-impl Drop for Machine {
-    fn drop(&mut self) {
-        for (page, layout) in self.blocks.drain(..) {
-            // SAFETY: allocated with this layout; the machine goes with its last handle, so nobody can reach the page.
-            unsafe { dealloc(page.base.as_ptr(), layout) };
-        }
-    }
-}
 
 /// What a window shows.
 #[derive(Clone, Copy, Debug)]
@@ -225,8 +21,39 @@ pub(crate) struct Shown {
 /// By what right.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ShownBy {
-    Grant,
+    Grant { read_only: bool },
     Foreign(DomId, Gfn),
+}
+
+/// What a guest frame number stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct P2mEntry {
+    /// The machine address of the page.
+    pub bus: BusAddr,
+    /// The domain may write there.
+    pub writable: bool,
+    /// Why it is there.
+    pub kind: P2mKind,
+}
+
+/// Why a page is in a domain's guest-physical space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum P2mKind {
+    /// It is the domain's own.
+    Ram,
+    /// A grant is mapped there.
+    Grant,
+    /// Another's frame is mapped there by right.
+    Foreign,
+    /// A grant is mapped elsewhere, and this is its machine frame number (XENFEAT_grant_map_identity).
+    Alias,
+}
+
+/// How many mappings entered an alias.
+#[derive(Clone, Copy, Debug, Default)]
+struct Alias {
+    readers: u32,
+    writers: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -248,8 +75,12 @@ pub(crate) struct Memory {
     blocks: BTreeMap<Gfn, NonZeroUsize>,
     free: BTreeMap<NonZeroUsize, VecDeque<Gfn>>,
     first_window: u64,
+    max_windows: usize,
+    /// Windows that were ever handed out, and those that came back, first in first out.
     windows: Vec<WindowSlot>,
     free_windows: VecDeque<usize>,
+    /// Pages that are there at their machine frame number too.
+    aliases: HashMap<Mfn, Alias>,
 }
 
 impl Memory {
@@ -268,14 +99,61 @@ impl Memory {
             blocks: BTreeMap::new(),
             free: BTreeMap::new(),
             first_window: FIRST_WINDOW + u64::from(id.0) * 0x10_0000,
-            windows: vec![WindowSlot::default(); windows],
-            free_windows: (0..windows).collect(),
+            max_windows: windows,
+            windows: Vec::new(),
+            free_windows: VecDeque::new(),
+            aliases: HashMap::new(),
         }
     }
 
     /// The frame behind a guest frame number, if it is the domain's own memory.
     pub(crate) fn translate(&self, gfn: Gfn) -> Option<Mfn> {
         self.ram.get(&gfn).copied()
+    }
+
+    /// What is behind a guest frame number. The domain's own memory comes first: aliases never hide it.
+    pub(crate) fn lookup(&self, gfn: Gfn) -> Option<(Mfn, P2mEntry)> {
+        let entry =
+            |mfn: Mfn, writable, kind| Some((mfn, P2mEntry { bus: mfn.bus(), writable, kind }));
+        if let Some(mfn) = self.translate(gfn) {
+            return entry(mfn, true, P2mKind::Ram);
+        }
+        match self.shown(gfn) {
+            Some(Shown { mfn, by: ShownBy::Grant { read_only } }) => {
+                entry(mfn, !read_only, P2mKind::Grant)
+            }
+            Some(Shown { mfn, by: ShownBy::Foreign(..) }) => entry(mfn, true, P2mKind::Foreign),
+            None => {
+                let alias = self.aliases.get(&Mfn(gfn.0))?;
+                entry(Mfn(gfn.0), alias.writers != 0, P2mKind::Alias)
+            }
+        }
+    }
+
+    /// Whether its frame numbers are machine frame numbers.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// A mapping enters the page at its machine frame number as well.
+    pub(crate) fn enter_alias(&mut self, mfn: Mfn, read_only: bool) {
+        let alias = self.aliases.entry(mfn).or_default();
+        *(if read_only { &mut alias.readers } else { &mut alias.writers }) += 1;
+    }
+
+    /// A mapping that had entered an alias goes.
+    pub(crate) fn leave_alias(&mut self, mfn: Mfn, read_only: bool) {
+        let Some(alias) = self.aliases.get_mut(&mfn) else { return };
+        let count = if read_only { &mut alias.readers } else { &mut alias.writers };
+        *count = count.saturating_sub(1);
+        if alias.readers == 0 && alias.writers == 0 {
+            self.aliases.remove(&mfn);
+        }
+    }
+
+    /// Aliases there are, and whether each is for reading only.
+    pub(crate) fn aliases(&self) -> impl Iterator<Item = (Mfn, bool)> {
+        self.aliases.iter().map(|(mfn, alias)| (*mfn, alias.writers == 0))
     }
 
     /// Pages it has.
@@ -299,7 +177,7 @@ impl Memory {
                 machine.page(self.translate(Gfn(gfn.0 + at as u64))?)?.fill(0);
             }
             self.blocks.insert(gfn, count);
-            return Some(machine.page(self.translate(gfn)?)?.base);
+            return Some(machine.page(self.translate(gfn)?)?.base());
         }
         if self.ram.len().checked_add(count.get())? > self.limit {
             return None;
@@ -312,14 +190,12 @@ impl Memory {
             self.enter(machine, Gfn(first + at), Mfn(mfn.0 + at));
         }
         self.blocks.insert(Gfn(first), count);
-        Some(page.base)
+        Some(page.base())
     }
 
     fn enter(&mut self, machine: &mut Machine, gfn: Gfn, mfn: Mfn) {
         self.ram.insert(gfn, mfn);
-        if let Some(page) = machine.get_mut(mfn) {
-            page.gfn = gfn;
-        }
+        machine.entered(mfn, gfn);
     }
 
     /// Takes a block back; says what was wrong with that, if anything was.
@@ -354,8 +230,8 @@ impl Memory {
 
     /// The frame at which the domain has the page that `base` points into.
     pub(crate) fn gfn_of(&self, machine: &Machine, base: NonNull<u8>) -> Option<Gfn> {
-        let mfn = *machine.by_address.get(&(base.addr().get() & !(PAGE_SIZE - 1)))?;
-        let gfn = machine.get(mfn)?.gfn;
+        let mfn = machine.frame_at(base.addr().get())?;
+        let gfn = machine.gfn(mfn)?;
         (self.translate(gfn) == Some(mfn)).then_some(gfn)
     }
 
@@ -379,7 +255,13 @@ impl Memory {
     }
 
     pub(crate) fn take_window(&mut self) -> Option<Window> {
-        let index = self.free_windows.pop_front()?;
+        // Those that were never used come first, so that what was given back rests for as long as possible.
+        let index = if self.windows.len() < self.max_windows {
+            self.windows.push(WindowSlot::default());
+            self.windows.len() - 1
+        } else {
+            self.free_windows.pop_front()?
+        };
         self.windows.get_mut(index)?.taken = true;
         Some(Window::new(Gfn(self.first_window + index as u64)))
     }

@@ -2,61 +2,19 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
-use std::num::NonZeroUsize;
+mod common;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hypercall::abi::{
-    CopyEnd, GNTCOPY_SOURCE_GREF, GNTMAP_HOST_MAP, GTF_PERMIT_ACCESS, GrantCopy, GrantEntryV1,
-    GrantMap, GrantUnmap, hvm_param,
-};
+use common::{copy_in, frame, granted, map, pages, unmap};
+use hypercall::abi::{GTF_PERMIT_ACCESS, GrantEntryV1, hvm_param};
 use hypercall::{
-    DomId, Errno, Gfn, GrantRef, GrantStatus, Hypervisor, MapHandle, Port, ShutdownReason,
-    Toolstack, VcpuId, Virq, Window,
+    DomId, Errno, Gfn, GrantRef, GrantStatus, Hypervisor, Port, ShutdownReason, Toolstack, VcpuId,
+    Virq, Window,
 };
-use sim::{DomainConfig, Fault, FaultPlan, Item, Kind, PortState, Sim, SimHv};
-
-fn pages(count: usize) -> NonZeroUsize {
-    NonZeroUsize::new(count).unwrap()
-}
-
-/// A page of `granter`'s, open to `to` under reference `gref`.
-fn granted(sim: &Sim, granter: &SimHv, to: DomId, gref: u32) -> Gfn {
-    let frame = granter.virt_to_gfn(granter.alloc_pages(pages(1)).unwrap());
-    granter.grant_table_frame(0).unwrap();
-    let entry =
-        GrantEntryV1 { flags: GTF_PERMIT_ACCESS, domid: to, frame: frame.0.try_into().unwrap() };
-    assert!(sim.set_grant_entry(granter.id(), GrantRef(gref), entry));
-    frame
-}
-
-fn map(hv: &SimHv, of: DomId, gref: u32, window: &Window) -> GrantMap {
-    let mut op = GrantMap {
-        host_addr: window.gfn().address(),
-        flags: GNTMAP_HOST_MAP,
-        gref: GrantRef(gref),
-        dom: of,
-        status: GrantStatus::UNTOUCHED,
-        handle: MapHandle::INVALID,
-        dev_bus_addr: 0,
-    };
-    // SAFETY: the tests look at mapped pages through the simulator alone.
-    unsafe { hv.grant_map(std::slice::from_mut(&mut op)).unwrap() };
-    op
-}
-
-fn unmap(hv: &SimHv, op: &GrantMap) -> GrantStatus {
-    let mut op = GrantUnmap {
-        host_addr: op.host_addr,
-        dev_bus_addr: 0,
-        handle: op.handle,
-        status: GrantStatus::UNTOUCHED,
-    };
-    // SAFETY: as above.
-    unsafe { hv.grant_unmap(std::slice::from_mut(&mut op)).unwrap() };
-    op.status
-}
+use sim::{DomainConfig, Fault, FaultPlan, Item, Kind, PortState, Sim};
 
 #[test]
 fn frames_are_adjacent_within_a_block_and_mean_something_else_to_everyone() {
@@ -139,21 +97,12 @@ fn a_grant_that_is_taken_back_before_the_copy_fails_it() {
     let sim = Sim::new();
     let (dom0, guest) = (sim.create(DomainConfig::dom0()), sim.create(DomainConfig::guest()));
     granted(&sim, &guest, dom0.id(), 8);
-    let to = dom0.virt_to_gfn(dom0.alloc_pages(pages(1)).unwrap());
+    let to = frame(&dom0);
     let (peer, id) = (sim.clone(), guest.id());
     dom0.before(Kind::Copy, move || {
         peer.set_grant_entry(id, GrantRef(8), GrantEntryV1::default());
     });
-    let mut op = GrantCopy {
-        source: CopyEnd::granted(guest.id(), GrantRef(8), 0),
-        dest: CopyEnd::own(to, 0),
-        len: 8,
-        flags: GNTCOPY_SOURCE_GREF,
-        status: GrantStatus::UNTOUCHED,
-    };
-    // SAFETY: nobody has references to these pages.
-    unsafe { dom0.grant_copy(std::slice::from_mut(&mut op)).unwrap() };
-    assert_eq!(op.status, GrantStatus::GENERAL_ERROR);
+    assert_eq!(copy_in(&dom0, guest.id(), 8, to), GrantStatus::GENERAL_ERROR);
 }
 
 #[test]

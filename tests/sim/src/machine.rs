@@ -1,0 +1,198 @@
+//! Machine memory.
+//!
+//! Every page stays where it is in the host until the last handle to the simulated machine is gone, so no pointer that the
+//! machine ever gave out dangles, whatever the domains do wrong.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use hypercall::{BusAddr, DomId, Gfn, PAGE_SIZE};
+
+use crate::page::Page;
+
+/// The first machine frame: no frame number is ever mistaken for a small integer.
+const FIRST_MFN: u64 = 0x4_0000;
+/// What a freed page holds, so that who still reads it notices.
+pub(crate) const POISON: u8 = 0xdb;
+/// Pages that are taken from the host at once: at first, and at most unless more are asked for.
+const CHUNK: usize = 64;
+const MAX_CHUNK: usize = 4096;
+
+/// A machine frame number, which only Xen and the bus know.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub(crate) struct Mfn(pub(crate) u64);
+
+impl Mfn {
+    pub(crate) fn bus(self) -> BusAddr {
+        BusAddr(Gfn(self.0).address())
+    }
+
+    pub(crate) fn of_bus(address: BusAddr) -> Self {
+        Self(Gfn::of_address(address.0).0)
+    }
+}
+
+#[derive(Debug)]
+struct MachinePage {
+    page: Page,
+    owner: DomId,
+    /// Where its owner has it.
+    gfn: Gfn,
+    /// Mappings of it by anyone but its owner.
+    uses: u32,
+}
+
+/// Memory taken from the host at once.
+#[derive(Debug)]
+struct Chunk {
+    /// The frame number of its first page.
+    first: Mfn,
+    pages: usize,
+    from: NonNull<u8>,
+    layout: Layout,
+}
+
+/// All memory there is.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    /// By frame number; `None` are holes, so that one past the end of an allocation is nobody's.
+    pages: Vec<Option<MachinePage>>,
+    /// By where they are in the host; all but the last are used up.
+    chunks: BTreeMap<usize, Chunk>,
+    /// Where the next page is, and how many there are before more has to be taken.
+    next: Option<Page>,
+    left: usize,
+    /// How many pages of each domain others have mapped.
+    in_use: HashMap<DomId, usize>,
+}
+
+// SAFETY: the pointers of a chunk are used by its machine alone, to give the chunk back.
+unsafe impl Send for Machine {}
+
+impl Machine {
+    pub(crate) fn new() -> Self {
+        Self {
+            pages: Vec::new(),
+            chunks: BTreeMap::new(),
+            next: None,
+            left: 0,
+            in_use: HashMap::new(),
+        }
+    }
+
+    /// Takes a chunk from the host in which `count` pages fit, and leaves what is left of the last one.
+    fn extend(&mut self, count: usize) -> Option<()> {
+        let pages = (CHUNK << self.chunks.len().min(6)).min(MAX_CHUNK).max(count);
+        // With a small alignment the host's allocator can take it from the system as it is: zeroed, and not there until used.
+        let bytes = pages.checked_add(1)?.checked_mul(PAGE_SIZE)?;
+        let layout = Layout::from_size_align(bytes, align_of::<u128>()).ok()?;
+        // SAFETY: the size is not 0.
+        let from = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        let skip = from.addr().get().wrapping_neg() % PAGE_SIZE;
+        // SAFETY: less than a page, and there is one page more than asked for.
+        let base = unsafe { from.add(skip) };
+        self.pages.resize_with(self.pages.len() + self.left, || None);
+        let first = Mfn(FIRST_MFN + self.pages.len() as u64);
+        self.chunks.insert(base.addr().get(), Chunk { first, pages, from, layout });
+        // SAFETY: aligned and zeroed above, and given back only with the machine.
+        self.next = Some(unsafe { Page::new(base) });
+        self.left = pages;
+        Some(())
+    }
+
+    /// Zeroed pages, adjacent in the host's memory and in frame numbers.
+    pub(crate) fn allocate(&mut self, owner: DomId, count: NonZeroUsize) -> Option<(Mfn, Page)> {
+        let with_hole = count.get().checked_add(1)?;
+        if self.left < with_hole {
+            self.extend(with_hole)?;
+        }
+        let base = self.next?;
+        let first = Mfn(FIRST_MFN + self.pages.len() as u64);
+        for at in 0..count.get() {
+            // SAFETY: so many pages are left in the chunk, and nobody has them yet.
+            let page = unsafe { Page::new(base.base().add(at * PAGE_SIZE)) };
+            self.pages.push(Some(MachinePage { page, owner, gfn: Gfn::INVALID, uses: 0 }));
+        }
+        self.pages.push(None);
+        self.left -= with_hole;
+        // SAFETY: at most one past the last page of the chunk, which `left` says then.
+        self.next = Some(unsafe { Page::new(base.base().add(with_hole * PAGE_SIZE)) });
+        Some((first, base))
+    }
+
+    fn get(&self, mfn: Mfn) -> Option<&MachinePage> {
+        self.pages.get(usize::try_from(mfn.0.checked_sub(FIRST_MFN)?).ok()?)?.as_ref()
+    }
+
+    fn get_mut(&mut self, mfn: Mfn) -> Option<&mut MachinePage> {
+        self.pages.get_mut(usize::try_from(mfn.0.checked_sub(FIRST_MFN)?).ok()?)?.as_mut()
+    }
+
+    /// The frame of the page that an address of the host is in.
+    pub(crate) fn frame_at(&self, address: usize) -> Option<Mfn> {
+        let (base, chunk) = self.chunks.range(..=address).next_back()?;
+        let index = (address - base) / PAGE_SIZE;
+        (index < chunk.pages).then_some(Mfn(chunk.first.0 + index as u64))
+    }
+
+    pub(crate) fn page(&self, mfn: Mfn) -> Option<Page> {
+        self.get(mfn).map(|found| found.page)
+    }
+
+    pub(crate) fn owner(&self, mfn: Mfn) -> Option<DomId> {
+        self.get(mfn).map(|found| found.owner)
+    }
+
+    /// Where its owner has a page.
+    pub(crate) fn gfn(&self, mfn: Mfn) -> Option<Gfn> {
+        self.get(mfn).map(|found| found.gfn)
+    }
+
+    /// Notes where its owner has a page.
+    pub(crate) fn entered(&mut self, mfn: Mfn, gfn: Gfn) {
+        if let Some(found) = self.get_mut(mfn) {
+            found.gfn = gfn;
+        }
+    }
+
+    pub(crate) fn uses(&self, mfn: Mfn) -> u32 {
+        self.get(mfn).map_or(0, |found| found.uses)
+    }
+
+    /// One more mapping of the page.
+    pub(crate) fn hold(&mut self, mfn: Mfn) {
+        let Some(found) = self.get_mut(mfn) else { return };
+        found.uses += 1;
+        if found.uses == 1 {
+            let owner = found.owner;
+            *self.in_use.entry(owner).or_default() += 1;
+        }
+    }
+
+    /// One mapping of the page less.
+    pub(crate) fn let_go(&mut self, mfn: Mfn) {
+        let Some(found) = self.get_mut(mfn).filter(|found| found.uses != 0) else { return };
+        found.uses -= 1;
+        if found.uses == 0 {
+            let owner = found.owner;
+            let pages = self.in_use.entry(owner).or_default();
+            *pages = pages.saturating_sub(1);
+        }
+    }
+
+    /// How many pages of `owner` others have mapped.
+    pub(crate) fn in_use(&self, owner: DomId) -> usize {
+        self.in_use.get(&owner).copied().unwrap_or(0)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        for chunk in self.chunks.values() {
+            // SAFETY: allocated with this layout; the machine goes with its last handle, so nobody can reach the pages.
+            unsafe { dealloc(chunk.from.as_ptr(), chunk.layout) };
+        }
+    }
+}
