@@ -2,6 +2,8 @@
 
 use core::ops::AddAssign;
 
+use crate::datapath::{Datapath, Fallback};
+
 netif::counters! {
     /// Packets that did not get where they were going, by reason.
     Drops {
@@ -43,16 +45,103 @@ netif::counters! {
         gso_packets,
         /// Packets whose missing checksum mark was put right.
         fixed_up,
-        /// Copy hypercalls,
-        hypercalls,
-        /// and the copies in them.
-        copies,
         /// Notifications sent.
         notifications,
         /// Times responses were published.
         publishes,
         /// Events that announced nothing.
         spurious,
+    }
+}
+
+netif::counters! {
+    /// What one way to carry bytes has done.
+    PathCounters {
+        /// Packets carried.
+        packets,
+        /// Their bytes.
+        bytes,
+        /// Hypercalls that had a part in it. One that serves several vifs counts for each.
+        hypercalls,
+        /// Copies,
+        copies,
+        /// pages mapped,
+        maps,
+        /// and pages unmapped.
+        unmaps,
+    }
+}
+
+netif::counters! {
+    /// Packets that were copied though another way was wanted, by reason.
+    Fallbacks {
+        /// The way was withdrawn, or is not possible.
+        withdrawn,
+        /// The destination had not posted pages enough.
+        not_ready,
+        /// The packet had to be changed.
+        changed,
+        /// It went to several ports.
+        many,
+        /// As many packets were mapped as may be.
+        no_room,
+        /// Xen would not map.
+        map_refused,
+        /// It was mapped for too long.
+        overdue,
+    }
+}
+
+impl Fallbacks {
+    pub(crate) fn count(&mut self, why: Fallback) {
+        *match why {
+            Fallback::Withdrawn => &mut self.withdrawn,
+            Fallback::NotReady => &mut self.not_ready,
+            Fallback::Changed => &mut self.changed,
+            Fallback::Many => &mut self.many,
+            Fallback::NoRoom => &mut self.no_room,
+        } += 1;
+    }
+}
+
+/// Counters of each way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Paths([PathCounters; Datapath::ALL.len()]);
+
+impl Paths {
+    /// Of one way.
+    #[must_use]
+    pub fn of(&self, path: Datapath) -> PathCounters {
+        self.0.get(path.index()).copied().unwrap_or_default()
+    }
+
+    /// All of them together.
+    #[must_use]
+    pub fn total(&self) -> PathCounters {
+        let mut sum = PathCounters::default();
+        for counters in self.0 {
+            sum += counters;
+        }
+        sum
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = (Datapath, PathCounters)> {
+        Datapath::ALL.into_iter().zip(self.0)
+    }
+
+    pub(crate) fn count(&mut self, path: Datapath, change: impl FnOnce(&mut PathCounters)) {
+        if let Some(counters) = self.0.get_mut(path.index()) {
+            change(counters);
+        }
+    }
+}
+
+impl AddAssign for Paths {
+    fn add_assign(&mut self, other: Self) {
+        for (sum, more) in self.0.iter_mut().zip(other.0) {
+            *sum += more;
+        }
     }
 }
 
@@ -67,6 +156,12 @@ pub struct Counters {
     pub tx_drops: Drops,
     /// Packets to the guest that were dropped after they left the switch.
     pub rx_drops: Drops,
+    /// How packets from the guest were carried.
+    pub tx_paths: Paths,
+    /// How packets to the guest were carried.
+    pub rx_paths: Paths,
+    /// Packets from the guest that did not go the way they might have.
+    pub fallbacks: Fallbacks,
 }
 
 impl AddAssign for Counters {
@@ -75,5 +170,8 @@ impl AddAssign for Counters {
         self.rx += other.rx;
         self.tx_drops += other.tx_drops;
         self.rx_drops += other.rx_drops;
+        self.tx_paths += other.tx_paths;
+        self.rx_paths += other.rx_paths;
+        self.fallbacks += other.fallbacks;
     }
 }

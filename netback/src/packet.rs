@@ -3,9 +3,13 @@
 use core::fmt;
 use core::num::NonZeroUsize;
 
-use grant::{Frame, FramePool};
+use grant::{Frame, FramePool, SharedMemory};
 use hypercall::{Hypervisor, Instant, PAGE_SIZE};
 use netif::offload::{Checksum, Gso};
+
+use crate::datapath::Datapath;
+use crate::dma::{DmaPiece, DmaRule};
+use crate::lent::{Loan, Token};
 
 /// Pages in a large buffer: the largest packet the protocol can describe, 65,535 bytes.
 const LARGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(15);
@@ -15,10 +19,28 @@ const LARGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(15);
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Flow(pub u16);
 
-/// A packet in memory that no peer can see.
+/// Bytes of a packet that are always in memory of ours, as far as it has as many: every header that matters.
+pub(crate) const HEADER: usize = 128;
+
+/// Where the bytes are that are not in memory of ours.
+pub(crate) enum Rest<H: Hypervisor> {
+    /// There are none.
+    None,
+    /// In pages that nobody has looked into.
+    Taken(Token<H>),
+    /// In pages that are mapped.
+    Lent(Loan<H>),
+}
+
+/// A packet: its headers, and often all of it, in memory that no peer can see.
 pub struct Packet<H: Hypervisor> {
     frame: Frame<H>,
+    /// Bytes in `frame`.
+    private: usize,
     len: usize,
+    pub(crate) rest: Rest<H>,
+    /// How its bytes are carried.
+    pub(crate) path: Datapath,
     /// The state of its checksum.
     pub checksum: Checksum,
     /// Whether and how it is to be segmented.
@@ -30,15 +52,16 @@ pub struct Packet<H: Hypervisor> {
 }
 
 impl<H: Hypervisor> Packet<H> {
-    /// Its bytes: an Ethernet frame without trailer.
+    /// The bytes that are in memory of ours: an Ethernet frame without trailer. All of them, unless the packet is
+    /// [mapped](Self::is_lent) or goes from guest to guest: then the first 128.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        self.frame.bytes().get(..self.len).unwrap_or_default()
+        self.frame.bytes().get(..self.private).unwrap_or_default()
     }
 
-    /// Its bytes, to change.
+    /// Its private bytes, to change.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.frame.bytes_mut().get_mut(..self.len).unwrap_or_default()
+        self.frame.bytes_mut().get_mut(..self.private).unwrap_or_default()
     }
 
     /// How many bytes it has.
@@ -51,6 +74,24 @@ impl<H: Hypervisor> Packet<H> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Whether [`bytes`](Self::bytes) are all.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.private == self.len
+    }
+
+    /// Whether some of it is in pages that its sender granted and we have mapped.
+    #[must_use]
+    pub fn is_lent(&self) -> bool {
+        matches!(self.rest, Rest::Lent(_))
+    }
+
+    /// How its bytes were carried.
+    #[must_use]
+    pub fn path(&self) -> Datapath {
+        self.path
     }
 
     /// Whether its buffer is one of 64 KiB.
@@ -69,6 +110,72 @@ impl<H: Hypervisor> Packet<H> {
     /// Makes it shorter, or as long as its buffer allows.
     pub(crate) fn set_len(&mut self, len: usize) {
         self.len = len.min(self.frame.size());
+        self.private = self.len;
+    }
+
+    /// Says that the bytes of the frame are but the first of `len`.
+    pub(crate) fn set_rest(&mut self, len: usize, rest: Rest<H>) {
+        self.len = len.max(self.private);
+        self.rest = rest;
+    }
+
+    /// Moves what is private to a buffer that has room for all of it; `None`, and nothing changed, if none is free. Answers
+    /// what is still to be filled in: everything from the first byte that it returns.
+    pub(crate) fn grow(&mut self, pools: &Pools<H>) -> Option<usize> {
+        let filled = self.private;
+        if self.frame.size() < self.len {
+            let mut frame = pools.frame(self.len)?;
+            for (to, from) in frame.bytes_mut().iter_mut().zip(self.bytes()) {
+                *to = *from;
+            }
+            self.frame = frame;
+        }
+        Some(filled)
+    }
+
+    /// All of it is in the frame now.
+    pub(crate) fn is_filled(&mut self) {
+        self.private = self.len;
+        self.rest = Rest::None;
+    }
+
+    /// Copies what is mapped into memory of ours, and gives the pages back; `false`, and nothing changed, if no buffer is
+    /// free, or if this is not a packet that [`Backend::receive_local`](crate::Backend::receive_local) gave.
+    pub fn make_whole(&mut self, pools: &Pools<H>) -> bool {
+        if self.is_whole() {
+            return true;
+        }
+        if !self.is_lent() {
+            return false;
+        }
+        let Some(mut at) = self.grow(pools) else { return false };
+        let Rest::Lent(loan) = &self.rest else { return false };
+        for lent in loan.pages() {
+            let end = at + usize::from(lent.len);
+            let Some(to) = self.frame.bytes_mut().get_mut(at..end) else { return false };
+            lent.page.read_bytes(lent.offset.into(), to);
+            at = end;
+        }
+        self.is_filled();
+        true
+    }
+
+    /// The mapped part, for a device that reads by bus address; it follows the [private](Self::bytes) bytes. Of a packet
+    /// that is not mapped there is none. `None` if the rule has no address for a page.
+    pub fn dma(&self, rule: DmaRule) -> impl Iterator<Item = Option<DmaPiece>> {
+        let pages = match &self.rest {
+            Rest::Lent(loan) => loan.pages(),
+            Rest::None | Rest::Taken(_) => &[],
+        };
+        pages.iter().map(move |lent| DmaPiece::of(rule, &lent.page, lent.offset, lent.len))
+    }
+
+    /// When its pages were mapped.
+    pub(crate) fn lent_since(&self) -> Option<Instant> {
+        match &self.rest {
+            Rest::Lent(loan) => loan.since(),
+            Rest::None | Rest::Taken(_) => None,
+        }
     }
 }
 
@@ -108,12 +215,14 @@ impl<H: Hypervisor> Pools<H> {
     /// size is free.
     #[must_use]
     pub fn packet(&self, len: usize, now: Instant) -> Option<Packet<H>> {
-        let pool = if len <= PAGE_SIZE { &self.small } else { &self.large };
-        let frame = pool.take()?;
+        let frame = self.frame(len)?;
         let len = len.min(frame.size());
         Some(Packet {
             frame,
+            private: len,
             len,
+            rest: Rest::None,
+            path: Datapath::Copy,
             checksum: Checksum::default(),
             gso: None,
             flow: Flow::default(),
@@ -121,14 +230,23 @@ impl<H: Hypervisor> Pools<H> {
         })
     }
 
-    /// A packet of its own with the same contents.
+    fn frame(&self, len: usize) -> Option<Frame<H>> {
+        let pool = if len <= PAGE_SIZE { &self.small } else { &self.large };
+        pool.take()
+    }
+
+    /// A packet of its own with the same contents. `None` if there is no buffer, or not all of it is in memory of ours.
     #[must_use]
     pub fn duplicate(&self, packet: &Packet<H>) -> Option<Packet<H>> {
+        if !packet.is_whole() {
+            return None;
+        }
         let mut copy = self.packet(packet.len(), packet.arrived)?;
         for (to, from) in copy.bytes_mut().iter_mut().zip(packet.bytes()) {
             *to = *from;
         }
-        (copy.checksum, copy.gso, copy.flow) = (packet.checksum, packet.gso, packet.flow);
+        (copy.checksum, copy.gso) = (packet.checksum, packet.gso);
+        (copy.flow, copy.path) = (packet.flow, packet.path);
         Some(copy)
     }
 

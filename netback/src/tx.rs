@@ -1,38 +1,47 @@
 //! From the guest: requests off the ring, bytes by grant copy, packets out, responses on.
+//!
+//! What is copied here is the whole packet, or its headers alone: then the chain of slots stays open, and what becomes of
+//! the rest is decided when it is known where the packet goes.
 
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use grant::{CopyOps, CopyRange, Mapping, PeerSpan};
-use hypercall::{DomId, GrantStatus, Hypervisor, Instant, PAGE_SIZE, PageOffset};
+use grant::{CopyBatch, CopyRange, CopyResults, Mapping, PeerSpan, SharedMemory, SpanMut};
+use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, Instant, PAGE_SIZE, PageOffset};
 use netif::offload::{Checksum, check_segmentation};
 use netif::ring::{Notify, TxBackRing};
 use netif::slot::TxStatus;
-use netif::tx::{self, DropReason, Verdict};
+use netif::tx::{self, Answers, DropReason, Verdict};
 
-use crate::counters::{Direction, Drops};
+use crate::counters::{Direction, Drops, Fallbacks, Paths};
+use crate::datapath::{Datapath, Datapaths, Policy, first_look};
 use crate::fault::{Refusals, VifFault};
-use crate::packet::{Flow, Packet, Pools};
+use crate::lent::{Open, Origin, Table};
+use crate::multicast::Filter;
+use crate::packet::{Flow, HEADER, Packet, Pools, Rest};
 use crate::rate::Credit;
 
 /// Packets per hypercall at most.
-const BATCH: usize = 128;
-/// Copies per hypercall at most: room for a batch of small packets, or a dozen of the largest.
-const COPIES: usize = 512;
+pub(crate) const BATCH: usize = 128;
 /// Most copies that one packet takes: each slot and each page boundary of our buffer begins one.
-const COPIES_PER_PACKET: usize = tx::MAX_SLOTS + 16;
-/// Bytes of headers that are looked at; they are always in the private copy.
-const HEADER: usize = 128;
+pub(crate) const COPIES_PER_PACKET: usize = tx::MAX_SLOTS + 16;
+/// Nanoseconds for which a grant that Xen cannot look at now is tried again,
+const EAGAIN_LIMIT: u64 = 10_000_000;
+/// and how many between two tries.
+const EAGAIN_WAIT: u64 = 1_000_000;
+/// Nanoseconds that a queue rests after Xen has refused a batch of it.
+const REFUSED_WAIT: u64 = 1_000_000;
 
 /// Why a queue stopped taking packets from its guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum TxWait {
+pub(crate) enum TxWait {
     /// There is nothing more; the guest will notify.
     Guest,
-    /// The budget is used up.
+    /// The budget is used up, or the batch is full.
     Budget,
     /// All buffers are out.
     Buffers,
-    /// Its rate limit.
+    /// Its rate limit, or a grant that is to be tried again.
     Until(Instant),
 }
 
@@ -42,42 +51,70 @@ struct InFlight<H: Hypervisor> {
     copies: CopyRange,
 }
 
+/// What taking packets needs of what is around it.
+pub(crate) struct Take<'a, H: Hypervisor> {
+    pub(crate) pools: &'a Pools<H>,
+    pub(crate) up: Datapaths,
+    pub(crate) policy: &'a Policy,
+    /// Copies that the batch has room for.
+    pub(crate) room: usize,
+    /// Chains that may be left open.
+    pub(crate) openings: usize,
+    pub(crate) now: Instant,
+}
+
+/// Pages of the guest's that stay mapped.
+pub(crate) trait Statics<H: Hypervisor> {
+    fn page(&self, gref: GrantRef) -> Option<&Mapping<H>>;
+}
+
 /// One queue's way from the guest.
 pub(crate) struct TxQueue<H: Hypervisor> {
     domain: DomId,
-    flow: Flow,
+    origin: Origin,
     ring: TxBackRing<Mapping<H>>,
-    /// A packet that was taken from the ring and has to wait.
-    held: Option<tx::Packet>,
+    /// Packets that were taken from the ring and have to wait, in order.
+    held: VecDeque<tx::Packet>,
     credit: Credit,
-    ops: CopyOps,
     batch: Vec<InFlight<H>>,
     refusals: Refusals,
+    /// Since when a grant could not be looked at.
+    again: Option<Instant>,
+    /// When taking goes on.
+    wait: Option<Instant>,
+    /// The last large packet was wanted whole, so the next one probably is.
+    pub(crate) wanted_whole: bool,
     /// Whether there are responses to publish.
     answered: bool,
     pub(crate) counters: Direction,
     pub(crate) drops: Drops,
+    pub(crate) paths: Paths,
+    pub(crate) fallbacks: Fallbacks,
 }
 
 impl<H: Hypervisor> TxQueue<H> {
     pub(crate) fn new(
         domain: DomId,
-        flow: Flow,
+        origin: Origin,
         ring: TxBackRing<Mapping<H>>,
         credit: Credit,
     ) -> Self {
         Self {
             domain,
-            flow,
+            origin,
             ring,
-            held: None,
+            held: VecDeque::new(),
             credit,
-            ops: CopyOps::new(COPIES),
             batch: Vec::with_capacity(BATCH),
             refusals: Refusals::default(),
+            again: None,
+            wait: None,
+            wanted_whole: false,
             answered: false,
             counters: Direction::default(),
             drops: Drops::default(),
+            paths: Paths::default(),
+            fallbacks: Fallbacks::default(),
         }
     }
 
@@ -85,53 +122,52 @@ impl<H: Hypervisor> TxQueue<H> {
         self.ring.into_inner()
     }
 
-    /// Takes up to `budget` packets and puts them on `out`. Responses are published once.
-    pub(crate) fn poll(
-        &mut self,
-        hv: &H,
-        pools: &Pools<H>,
-        now: Instant,
-        mut budget: usize,
-        out: &mut Vec<Packet<H>>,
-    ) -> Result<(TxWait, Notify), VifFault> {
-        let wait = loop {
-            self.ring.poll()?;
-            let wait = self.gather(pools, now, &mut budget)?;
-            if !self.batch.is_empty() {
-                self.copy(hv, out)?;
-            }
-            match wait {
-                // Ask to be woken, and look again: a request may have slipped in.
-                Some(TxWait::Guest) if self.ring.arm()? => {}
-                Some(wait) => break wait,
-                None => {}
-            }
-        };
-        if !core::mem::take(&mut self.answered) {
-            return Ok((wait, Notify::NotNeeded));
-        }
-        self.counters.publishes += 1;
-        Ok((wait, self.ring.publish()))
+    pub(crate) fn set_rate(&mut self, rate: crate::rate::RateLimit) {
+        self.credit.set_limit(rate);
     }
 
-    /// Takes packets until the batch is full (`None`) or there is a reason to stop.
-    fn gather(
+    /// Whether packets were taken that are not settled.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
+    /// Answers a chain whose packet has got where it went.
+    pub(crate) fn answer(&mut self, answers: Answers, status: TxStatus) -> Result<(), VifFault> {
+        self.answered = true;
+        Ok(self.ring.answer(answers, status)?)
+    }
+
+    /// Shows the guest what was answered, if anything was.
+    pub(crate) fn publish(&mut self) -> Option<Notify> {
+        core::mem::take(&mut self.answered).then(|| {
+            self.counters.publishes += 1;
+            self.ring.publish()
+        })
+    }
+
+    /// Takes packets from the ring, up to `budget`, until there is a reason to stop. `filter` is the guest's multicast
+    /// filter, if it has one.
+    pub(crate) fn gather(
         &mut self,
-        pools: &Pools<H>,
-        now: Instant,
+        take: &mut Take<'_, H>,
+        statics: &impl Statics<H>,
+        mut filter: Option<&mut Filter>,
         budget: &mut usize,
-    ) -> Result<Option<TxWait>, VifFault> {
-        let mut copies = 0;
-        while self.batch.len() < BATCH && copies + COPIES_PER_PACKET <= COPIES {
-            if *budget == 0 {
-                return Ok(Some(TxWait::Budget));
-            }
-            let next = match self.held.take() {
+    ) -> Result<TxWait, VifFault> {
+        if let Some(until) = self.wait.take().filter(|until| *until > take.now) {
+            self.wait = Some(until);
+            return Ok(TxWait::Until(until));
+        }
+        self.ring.poll()?;
+        while *budget > 0 && self.batch.len() < BATCH && take.room >= COPIES_PER_PACKET {
+            let next = match self.held.pop_front() {
                 Some(chain) => Some(Verdict::Packet(chain)),
                 None => tx::assemble(&mut self.ring.requests())?,
             };
             let chain = match next {
-                None => return Ok(Some(TxWait::Guest)),
+                // Ask to be woken, and look again: a request may have slipped in.
+                None if self.ring.arm()? => continue,
+                None => return Ok(TxWait::Guest),
                 Some(Verdict::Packet(chain)) => chain,
                 Some(Verdict::Drop { reason, answers }) => {
                     match reason {
@@ -139,82 +175,244 @@ impl<H: Hypervisor> TxQueue<H> {
                         DropReason::FollowOnsTooLong => self.drops.slots_too_long += 1,
                         _ => self.drops.short += 1,
                     }
-                    self.ring.answer(answers, TxStatus::ERROR)?;
-                    self.answered = true;
+                    self.answer(answers, TxStatus::ERROR)?;
                     *budget -= 1;
                     continue;
                 }
-                Some(Verdict::Multicast { answers, .. }) => {
-                    // Not offered, so not granted.
-                    self.ring.answer(answers, TxStatus::ERROR)?;
-                    self.answered = true;
+                Some(Verdict::Multicast { change, answers }) => {
+                    let status = match &mut filter {
+                        Some(filter) => filter.apply(change),
+                        None => TxStatus::ERROR,
+                    };
+                    self.answer(answers, status)?;
                     *budget -= 1;
                     continue;
                 }
             };
-            let Some(mut packet) = pools.packet(chain.size.into(), now) else {
-                self.held = Some(chain);
-                return Ok(Some(TxWait::Buffers));
-            };
-            if let Err(until) = self.credit.allow(chain.size.into(), now) {
-                self.held = Some(chain);
-                return Ok(Some(TxWait::Until(until)));
+            if let Some(wait) = self.admit(chain, take, statics) {
+                return Ok(wait);
             }
-            packet.checksum = chain.checksum;
-            packet.gso = chain.gso;
-            packet.flow = self.flow;
-            copies += chain.slots.len() + usize::from(chain.size).div_ceil(PAGE_SIZE);
-            self.batch.push(InFlight { packet, chain, copies: CopyRange::default() });
             *budget -= 1;
         }
-        Ok(None)
+        Ok(TxWait::Budget)
     }
 
-    /// Copies the batch, answers it, and hands out what arrived.
-    fn copy(&mut self, hv: &H, out: &mut Vec<Packet<H>>) -> Result<(), VifFault> {
-        self.answered = true;
-        let Self { domain, ring, ops, batch, refusals, counters, drops, .. } = self;
-        let mut copies = ops.begin();
-        for InFlight { packet, chain, copies: range } in batch.iter_mut() {
-            let mut to = packet.frame_mut().span_mut();
-            for slot in &chain.slots {
-                let (part, rest) = to.split_at(slot.size.into());
-                to = rest;
-                // A slot at the very end of its page is empty.
-                let Some(offset) = PageOffset::new(slot.offset) else { continue };
-                let from = PeerSpan { domain: *domain, gref: slot.gref, offset };
-                // There is room: `gather` counted. Were there none, the packet's range would lack this copy, and the
-                // sizes were checked when the chain was assembled.
-                *range = range.with(copies.pull(from, part)?);
-            }
+    /// Puts a packet in the batch, or holds it.
+    fn admit(
+        &mut self,
+        chain: tx::Packet,
+        take: &mut Take<'_, H>,
+        statics: &impl Statics<H>,
+    ) -> Option<TxWait> {
+        let all_static = take.up.contains(Datapaths::STATIC)
+            && chain.slots.iter().all(|slot| statics.page(slot.gref).is_some());
+        let look = match first_look(take.up, take.policy, chain.size, all_static) {
+            Datapath::Direct if self.wanted_whole || take.openings == 0 => Datapath::Copy,
+            look => look,
+        };
+        let private = match look {
+            Datapath::Direct => HEADER.min(chain.size.into()),
+            _ => chain.size.into(),
+        };
+        let Some(mut packet) = take.pools.packet(private, take.now) else {
+            self.held.push_front(chain);
+            return Some(TxWait::Buffers);
+        };
+        if let Err(until) = self.credit.allow(chain.size.into(), take.now) {
+            self.held.push_front(chain);
+            self.wait = Some(until);
+            return Some(TxWait::Until(until));
         }
-        counters.hypercalls += 1;
-        counters.copies += copies.len() as u64;
-        let results = refusals.judge(copies.submit(hv))?;
-        for InFlight { mut packet, chain, copies } in batch.drain(..) {
-            let outcome = match results {
-                None => {
-                    drops.hypercall += 1;
-                    Err(GrantStatus::UNTOUCHED)
+        if look == Datapath::Direct {
+            take.openings -= 1;
+        }
+        packet.set_rest(chain.size.into(), Rest::None);
+        packet.path = look;
+        packet.checksum = chain.checksum;
+        packet.gso = chain.gso;
+        packet.flow = Flow(self.origin.queue);
+        let copies = chain.slots.len() + private.div_ceil(PAGE_SIZE);
+        take.room = take.room.saturating_sub(copies);
+        self.batch.push(InFlight { packet, chain, copies: CopyRange::default() });
+        None
+    }
+
+    /// Adds the copies of what was gathered; pages that stay mapped are read at once.
+    pub(crate) fn add<'f>(
+        &'f mut self,
+        copies: &mut CopyBatch<'_, 'f>,
+        statics: &impl Statics<H>,
+    ) -> Result<(), VifFault> {
+        let domain = self.domain;
+        for InFlight { packet, chain, copies: range } in &mut self.batch {
+            if packet.path == Datapath::Static {
+                let mut to = packet.bytes_mut();
+                for slot in &chain.slots {
+                    let Some((part, rest)) = to.split_at_mut_checked(slot.size.into()) else { break };
+                    to = rest;
+                    if let Some(page) = statics.page(slot.gref) {
+                        page.read_bytes(slot.offset.into(), part);
+                    }
                 }
-                Some(results) => results.of(copies).inspect_err(|_| drops.grant += 1),
-            };
-            let ready = outcome.is_ok() && {
-                let fits = check_headers(&mut packet, counters);
-                drops.not_segmentable += u64::from(!fits);
-                fits
-            };
-            if !ready {
-                ring.answer(chain.answers, TxStatus::ERROR)?;
-                continue;
+            } else {
+                let private = packet.bytes().len();
+                let to = packet.frame_mut().span_mut().split_at(private).0;
+                *range = pull(copies, domain, chain, 0, to)?;
             }
-            counters.packets += 1;
-            counters.bytes += packet.len() as u64;
-            ring.answer(chain.answers, TxStatus::OKAY)?;
-            out.push(packet);
         }
         Ok(())
     }
+
+    /// Answers what was copied whole, keeps open what was not, and hands out what arrived.
+    pub(crate) fn settle(
+        &mut self,
+        outcome: Result<CopyResults<'_>, Errno>,
+        table: &mut Table<H>,
+        now: Instant,
+        out: &mut Vec<Packet<H>>,
+    ) -> Result<(), VifFault> {
+        self.count_hypercalls();
+        let judged = self.refusals.judge(outcome)?;
+        // A status that was left as it was says that Xen did not do what it said it had done: nothing here is to be believed.
+        let untouched = |of: &InFlight<H>, results: CopyResults<'_>| {
+            results.of(of.copies) == Err(GrantStatus::UNTOUCHED)
+        };
+        let results = judged.filter(|results| !self.batch.iter().any(|of| untouched(of, *results)));
+        if results.is_none() {
+            self.wait = Some(now.after(REFUSED_WAIT));
+        }
+        let mut batch = core::mem::take(&mut self.batch);
+        let mut outcome = Ok(());
+        let mut later = false;
+        for InFlight { packet, chain, copies } in batch.drain(..) {
+            // Static packets take no copies, and none of none has failed.
+            let status = match results {
+                None if packet.path != Datapath::Static => Err(GrantStatus::UNTOUCHED),
+                None => Ok(()),
+                Some(results) => results.of(copies),
+            };
+            later |= status == Err(GrantStatus::EAGAIN) && self.tries_again(now);
+            if later {
+                // Those behind it wait with it: order matters more.
+                self.held.push_back(chain);
+            } else if outcome.is_ok() {
+                outcome = self.settle_one(packet, chain, status, results.is_none(), table, out);
+            }
+        }
+        if !later {
+            self.again = None;
+        }
+        self.batch = batch;
+        outcome
+    }
+
+    /// Whether a grant that Xen could not look at is to be tried again.
+    fn tries_again(&mut self, now: Instant) -> bool {
+        let since = *self.again.get_or_insert(now);
+        let again = now < since.after(EAGAIN_LIMIT);
+        if again {
+            self.wait = Some(now.after(EAGAIN_WAIT));
+        }
+        again
+    }
+
+    fn settle_one(
+        &mut self,
+        mut packet: Packet<H>,
+        chain: tx::Packet,
+        status: Result<(), GrantStatus>,
+        refused: bool,
+        table: &mut Table<H>,
+        out: &mut Vec<Packet<H>>,
+    ) -> Result<(), VifFault> {
+        match status {
+            Ok(()) => {}
+            Err(_) if refused => self.drops.hypercall += 1,
+            Err(_) => self.drops.grant += 1,
+        }
+        let fits = status.is_ok() && check_headers(&mut packet, &mut self.counters);
+        if !fits {
+            self.drops.not_segmentable += u64::from(status.is_ok());
+            return self.answer(chain.answers, TxStatus::ERROR);
+        }
+        if packet.is_whole() {
+            // What was asked for as headers may have been all there is.
+            if packet.path == Datapath::Direct {
+                packet.path = Datapath::Copy;
+            }
+            self.count(packet.path, packet.len());
+            self.answer(chain.answers, TxStatus::OKAY)?;
+        } else {
+            let len = packet.len();
+            match table.insert(Open { origin: self.origin, chain }) {
+                Ok(token) => packet.set_rest(len, Rest::Taken(token)),
+                Err(open) => {
+                    self.drops.no_buffer += 1;
+                    return self.answer(open.chain.answers, TxStatus::ERROR);
+                }
+            }
+        }
+        out.push(packet);
+        Ok(())
+    }
+
+    /// A packet has been carried.
+    pub(crate) fn count(&mut self, path: Datapath, len: usize) {
+        self.counters.packets += 1;
+        self.counters.bytes += len as u64;
+        self.paths.count(path, |counters| {
+            counters.packets += 1;
+            counters.bytes += len as u64;
+        });
+    }
+
+    fn count_hypercalls(&mut self) {
+        for path in [Datapath::Copy, Datapath::Direct] {
+            let of_path = self.batch.iter().filter(|of| of.packet.path == path);
+            let copies: usize = of_path.map(|of| of.copies.len()).sum();
+            if copies > 0 {
+                self.paths.count(path, |counters| {
+                    counters.hypercalls += 1;
+                    counters.copies += copies as u64;
+                });
+            }
+        }
+    }
+}
+
+/// Adds copies of a chain's bytes from `skip` on into `to`, as many as `to` has.
+pub(crate) fn pull<'f>(
+    copies: &mut CopyBatch<'_, 'f>,
+    domain: DomId,
+    chain: &tx::Packet,
+    skip: usize,
+    mut to: SpanMut<'f>,
+) -> Result<CopyRange, VifFault> {
+    let mut range = CopyRange::default();
+    for (gref, offset, len) in rest_of(chain, skip) {
+        if to.is_empty() {
+            break;
+        }
+        let take = usize::from(len).min(to.len());
+        let (part, rest) = to.split_at(take);
+        to = rest;
+        range = range.with(copies.pull(PeerSpan { domain, gref, offset }, part)?);
+    }
+    Ok(range)
+}
+
+/// Where a chain's bytes from `skip` on are, in order. Empty slots are left out.
+pub(crate) fn rest_of(
+    chain: &tx::Packet,
+    mut skip: usize,
+) -> impl Iterator<Item = (GrantRef, PageOffset, u16)> {
+    chain.slots.iter().filter_map(move |slot| {
+        let passed = skip.min(slot.size.into());
+        skip -= passed;
+        let passed = u16::try_from(passed).ok()?;
+        let left = slot.size.checked_sub(passed).filter(|left| *left > 0)?;
+        Some((slot.gref, PageOffset::new(slot.offset.checked_add(passed)?)?, left))
+    })
 }
 
 /// Judges what the private copy of the headers says; a packet to be segmented counts as lacking its checksum.

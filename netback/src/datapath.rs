@@ -1,0 +1,393 @@
+//! How a packet's bytes are carried: which ways there are now, and which one a packet takes.
+//!
+//! Everything here is a pure function of what Xen advertises, what the platform is, what the operator says and what the
+//! packet is, so that all of it can be tested over its whole table. Features go without notice: what may be used is asked
+//! anew for each packet, and a packet that is under way ends in the way it began.
+
+use alloc::vec::Vec;
+use core::fmt;
+
+use bitflags::bitflags;
+use features::XenFeatures;
+use hypercall::abi::CacheFlush;
+use hypercall::{Errno, Hypervisor, Instant};
+
+use crate::dma;
+
+/// A way to carry bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum Datapath {
+    /// Grant copy into memory of ours.
+    #[default]
+    Copy,
+    /// Headers by grant copy into memory of ours, the rest by grant copy from guest to guest.
+    Direct,
+    /// Headers by grant copy, the rest mapped where it is, read-only and for a bounded time.
+    Map,
+    /// As [`Map`](Self::Map), with a second mapping at the machine address, by which caches can be cleaned
+    /// (`XENFEAT_grant_map_identity`).
+    MapIdentity,
+    /// Pages that the frontend agreed on in advance and that stay mapped: no grant operation at all.
+    Static,
+}
+
+impl Datapath {
+    /// All of them, in the order of [`index`](Self::index).
+    pub const ALL: [Self; 5] =
+        [Self::Copy, Self::Direct, Self::Map, Self::MapIdentity, Self::Static];
+
+    /// Its place among [`ALL`](Self::ALL).
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+
+    /// Its name in tables and in the operator's word.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Direct => "direct",
+            Self::Map => "map",
+            Self::MapIdentity => "map-identity",
+            Self::Static => "static",
+        }
+    }
+
+    /// The set with this one alone.
+    #[must_use]
+    pub const fn only(self) -> Datapaths {
+        Datapaths::from_bits_truncate(1 << self as u8)
+    }
+}
+
+impl fmt::Display for Datapath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+bitflags! {
+    /// Some of the ways.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+    pub struct Datapaths: u8 {
+        /// [`Datapath::Copy`]: always there, and not to be taken away.
+        const COPY = 1 << Datapath::Copy as u8;
+        /// [`Datapath::Direct`]
+        const DIRECT = 1 << Datapath::Direct as u8;
+        /// [`Datapath::Map`]
+        const MAP = 1 << Datapath::Map as u8;
+        /// [`Datapath::MapIdentity`]
+        const MAP_IDENTITY = 1 << Datapath::MapIdentity as u8;
+        /// [`Datapath::Static`]
+        const STATIC = 1 << Datapath::Static as u8;
+    }
+}
+
+impl Datapaths {
+    /// Each by itself.
+    pub fn each(self) -> impl Iterator<Item = Datapath> {
+        Datapath::ALL.into_iter().filter(move |path| self.contains(path.only()))
+    }
+
+    /// The way to map, if there is one. With both, the plain one: it costs less.
+    #[must_use]
+    pub fn mapping(self) -> Option<Datapath> {
+        let found = [Datapath::Map, Datapath::MapIdentity].into_iter();
+        found.into_iter().find(|path| self.contains(path.only()))
+    }
+}
+
+impl fmt::Display for Datapaths {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, path) in self.each().enumerate() {
+            write!(f, "{}{path}", if index > 0 { " " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// What a domain runs on, as far as mapping is concerned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Arch {
+    /// 32 or 64 bits.
+    Arm,
+    /// Likewise.
+    X86,
+}
+
+/// Who takes packets at the switch's local port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Uplink {
+    /// Software, by the processor.
+    Stack,
+    /// A device that reads memory by bus address.
+    Nic {
+        /// It sees what the processor has in its caches.
+        coherent: bool,
+    },
+}
+
+/// What does not change while a backend runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Facts {
+    /// What the domain runs on.
+    pub arch: Arch,
+    /// `GNTTABOP_copy` exists. Where it does not, its work is done by mapping.
+    pub grant_copy: bool,
+    /// `GNTTABOP_cache_flush` exists.
+    pub cache_flush: bool,
+    /// What is mapped is entered in the domain's IOMMU tables (CPUID leaf base+4, EAX bit 2). x86 alone.
+    pub iommu_maps: bool,
+    /// Who takes packets at the local port.
+    pub uplink: Uplink,
+}
+
+impl Facts {
+    /// Asks Xen what can be asked. A probe of the cache flush is an operation of no length; of the copy, a batch of none.
+    pub fn probe(hv: &impl Hypervisor, arch: Arch, iommu_maps: bool, uplink: Uplink) -> Self {
+        let mut flush = [CacheFlush { dev_bus_addr: 0, offset: 0, length: 0, op: 0 }];
+        // SAFETY is not at issue: there are no operations.
+        let missing = |outcome: Result<(), Errno>| outcome == Err(Errno::NOSYS);
+        Self {
+            arch,
+            grant_copy: !grant::copy_is_missing(hv),
+            cache_flush: !missing(hv.cache_flush(&mut flush)),
+            iommu_maps,
+            uplink,
+        }
+    }
+}
+
+/// What the operator wants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Policy {
+    /// Ways that may be used where they are possible.
+    pub allowed: Datapaths,
+    /// Bytes from which a packet for another guest goes by [`Datapath::Direct`].
+    pub direct_from: u16,
+    /// Bytes from which a packet for the local port is mapped.
+    pub map_from: u16,
+    /// Nanoseconds that a way must have been possible again before it is taken up again: one that comes and goes
+    /// does not make packets change their way each time.
+    pub settle: u64,
+    /// Nanoseconds that a mapped packet may wait for the local port before its bytes are copied and the guest gets its
+    /// pages back.
+    pub hold: u64,
+    /// Packets that may be mapped at a time.
+    pub max_lent: u16,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            allowed: Datapaths::all(),
+            direct_from: 1024,
+            map_from: 2048,
+            settle: 100_000_000,
+            hold: 1_000_000_000,
+            max_lent: 64,
+        }
+    }
+}
+
+/// The ways that are possible at all.
+#[must_use]
+pub fn possible(bits: XenFeatures, facts: &Facts) -> Datapaths {
+    let mut paths = Datapaths::COPY;
+    // Between guests nothing is ever mapped: no bit says whether it may be done.
+    paths.set(Datapaths::DIRECT, facts.grant_copy);
+    // Without translation a map takes the address of a page table entry, which is another story.
+    let maps = bits.contains(XenFeatures::AUTO_TRANSLATED_PHYSMAP);
+    paths.set(Datapaths::STATIC, maps);
+    if maps {
+        match facts.uplink {
+            Uplink::Stack => paths.insert(Datapaths::MAP),
+            Uplink::Nic { .. } => match dma::rule(bits, facts) {
+                Some(rule) if rule.needs_identity() => paths.insert(Datapaths::MAP_IDENTITY),
+                Some(_) => paths.insert(Datapaths::MAP),
+                None => {}
+            },
+        }
+    }
+    paths
+}
+
+/// Where a packet goes, as far as its way is concerned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// One other guest.
+    Guest {
+        /// It has pages posted for the packet.
+        ready: bool,
+        /// It takes the packet as it is.
+        as_is: bool,
+    },
+    /// The local port.
+    Local {
+        /// One more packet may be mapped.
+        room: bool,
+    },
+    /// Several ports.
+    Many,
+}
+
+/// Why a packet that might have gone another way is copied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fallback {
+    /// The way is withdrawn, or not possible here.
+    Withdrawn,
+    /// The destination has not posted pages enough.
+    NotReady,
+    /// The packet has to be changed on the way.
+    Changed,
+    /// It goes to several ports.
+    Many,
+    /// As many packets are mapped as may be.
+    NoRoom,
+}
+
+/// How much of a packet is copied before it is known where it goes.
+#[must_use]
+pub fn first_look(up: Datapaths, policy: &Policy, size: u16, all_static: bool) -> Datapath {
+    let from = |set: Datapaths, bytes: u16| up.intersects(set) && size >= bytes;
+    if all_static && up.contains(Datapaths::STATIC) {
+        Datapath::Static
+    } else if from(Datapaths::DIRECT, policy.direct_from)
+        || from(Datapaths::MAP | Datapaths::MAP_IDENTITY, policy.map_from)
+    {
+        Datapath::Direct
+    } else {
+        Datapath::Copy
+    }
+}
+
+/// The way of a packet of `size` bytes whose headers have been looked at.
+///
+/// # Errors
+/// It is to be copied, for this reason. (One that is too small for anything else is not an error: it is copied.)
+pub fn choose(
+    up: Datapaths,
+    policy: &Policy,
+    size: u16,
+    target: Target,
+) -> Result<Datapath, Fallback> {
+    match target {
+        Target::Many => Err(Fallback::Many),
+        Target::Guest { .. } if size < policy.direct_from => Ok(Datapath::Copy),
+        Target::Guest { .. } if !up.contains(Datapaths::DIRECT) => Err(Fallback::Withdrawn),
+        Target::Guest { as_is: false, .. } => Err(Fallback::Changed),
+        Target::Guest { ready: false, .. } => Err(Fallback::NotReady),
+        Target::Guest { .. } => Ok(Datapath::Direct),
+        Target::Local { .. } if size < policy.map_from => Ok(Datapath::Copy),
+        Target::Local { room } => match up.mapping() {
+            None => Err(Fallback::Withdrawn),
+            Some(_) if !room => Err(Fallback::NoRoom),
+            Some(path) => Ok(path),
+        },
+    }
+}
+
+/// The operator's word: what is not to be used, whatever Xen advertises.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Withdrawal {
+    /// Ways.
+    pub paths: Datapaths,
+    /// Feature bits.
+    pub bits: XenFeatures,
+}
+
+impl Default for Withdrawal {
+    fn default() -> Self {
+        Self { paths: Datapaths::empty(), bits: XenFeatures::empty() }
+    }
+}
+
+impl Withdrawal {
+    /// Reads a list of words: names of ways, names of feature bits as in features.h without `XENFEAT_`, or their
+    /// numbers. Answers the words that are none of these, too; they change nothing.
+    #[must_use]
+    pub fn parse(text: &str) -> (Self, Vec<&str>) {
+        let mut withdrawal = Self::default();
+        let words = text.split(|c: char| c.is_ascii_whitespace() || c == ',');
+        let unknown = words
+            .filter(|word| !word.is_empty())
+            .filter(|word| {
+                if let Some(path) = Datapath::ALL.into_iter().find(|path| path.name() == *word) {
+                    withdrawal.paths |= path.only();
+                } else if let Some(bit) = feature(word) {
+                    withdrawal.bits |= bit;
+                } else {
+                    return true;
+                }
+                false
+            })
+            .collect();
+        (withdrawal, unknown)
+    }
+}
+
+/// A feature bit by its number or name.
+fn feature(word: &str) -> Option<XenFeatures> {
+    if let Ok(number) = word.parse::<u32>() {
+        return 1_u32.checked_shl(number).map(XenFeatures::from_bits_retain);
+    }
+    let mut named = XenFeatures::all().iter_names();
+    named.find(|(name, _)| name.eq_ignore_ascii_case(word)).map(|(_, bit)| bit)
+}
+
+/// The ways that are in use now. A way that goes is gone at once; one that comes back has to stay for a while first.
+#[derive(Clone, Debug)]
+pub struct Modes {
+    up: Datapaths,
+    /// When each way became possible again that is not yet up.
+    since: [Option<Instant>; Datapath::ALL.len()],
+    /// Times that `up` changed.
+    switches: u64,
+}
+
+impl Modes {
+    /// What is possible at the start is up at once.
+    #[must_use]
+    pub const fn new(wanted: Datapaths) -> Self {
+        Self { up: wanted, since: [None; Datapath::ALL.len()], switches: 0 }
+    }
+
+    /// Ways that may be taken by new packets.
+    #[must_use]
+    pub const fn up(&self) -> Datapaths {
+        self.up
+    }
+
+    /// How often that changed.
+    #[must_use]
+    pub const fn switches(&self) -> u64 {
+        self.switches
+    }
+
+    /// Takes account of what may be used from now on.
+    pub fn update(&mut self, wanted: Datapaths, policy: &Policy, now: Instant) {
+        let mut up = self.up & wanted;
+        for (path, since) in Datapath::ALL.into_iter().zip(&mut self.since) {
+            if !wanted.contains(path.only()) || self.up.contains(path.only()) {
+                *since = None;
+            } else if now >= since.get_or_insert(now).after(policy.settle) {
+                *since = None;
+                up |= path.only();
+            }
+        }
+        if up != self.up {
+            self.up = up;
+            self.switches += 1;
+        }
+    }
+
+    /// When [`update`](Self::update) will have something to do though nothing changes.
+    #[must_use]
+    pub fn deadline(&self, policy: &Policy) -> Option<Instant> {
+        self.since.iter().flatten().map(|since| since.after(policy.settle)).min()
+    }
+}
+
+#[cfg(test)]
+mod tests;
