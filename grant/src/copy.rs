@@ -8,6 +8,14 @@ use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, PageOffset};
 
 use crate::frame::{Extent, Span, SpanMut};
 
+/// Whether this Xen has no `GNTTABOP_copy` (grant_table.h): asked by a call with no operations, which does nothing where
+/// the operation exists. Any other answer than [`Errno::NOSYS`] means that it does.
+#[must_use]
+pub fn copy_is_missing<H: Hypervisor>(hv: &H) -> bool {
+    // SAFETY: no operations, so no pages.
+    unsafe { hv.grant_copy(&mut []) == Err(Errno::NOSYS) }
+}
+
 /// Bytes in a page that a peer granted us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerSpan {

@@ -9,7 +9,7 @@ mod map;
 mod shared;
 mod table;
 
-pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan};
+pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan, copy_is_missing};
 pub use frame::{Frame, FramePool, Span, SpanMut};
 pub use map::{ForeignPage, MapError, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};

@@ -4,7 +4,9 @@
 
 use std::num::NonZeroUsize;
 
-use grant::{CopyError, CopyOps, CopyRange, FramePool, GrantTable, PeerSpan, SharedMemory};
+use grant::{
+    CopyError, CopyOps, CopyRange, FramePool, GrantTable, PeerSpan, SharedMemory, copy_is_missing,
+};
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, PAGE_SIZE, PageOffset};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
 
@@ -265,4 +267,15 @@ fn a_pool_makes_do_with_the_memory_there_is() {
     let dom = sim.create(DomainConfig { pages: 5, ..DomainConfig::guest() });
     let pool = FramePool::new(&dom, some(4), some(2));
     assert_eq!((pool.total(), pool.free()), (2, 2));
+}
+
+#[test]
+fn a_missing_copy_is_told_from_one_that_fails() {
+    let w = world();
+    assert!(!copy_is_missing(&w.backend));
+    for (errno, missing) in [(Errno::NOSYS, true), (Errno::FAULT, false), (Errno::PERM, false)] {
+        w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Copy, Fault::Errno(errno)));
+        assert_eq!(copy_is_missing(&w.backend), missing, "{errno}");
+    }
+    assert!(!copy_is_missing(&w.backend));
 }

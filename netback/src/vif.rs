@@ -29,6 +29,8 @@ use crate::rate::RateLimit;
 const FIRST_PENALTY: u64 = 100_000_000;
 /// Doublings of [`FIRST_PENALTY`] at most: about half a minute.
 const MAX_DOUBLINGS: u32 = 8;
+/// Nanoseconds that pages which were lent out are waited for after a disconnect, before they are parked.
+const DRAIN_CAP: u64 = 10_000_000_000;
 
 /// Names a vif: the guest's domain, and its interface's number there.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -80,6 +82,36 @@ enum Step {
     Look(JobId),
     Read(JobId),
     Write(JobId),
+    /// For no job: what was connected is not all let go of yet. What changes meanwhile is looked at after.
+    Drain,
+}
+
+/// What was connected and is on its way out. The queues carry no more packets, but pages of the guest's may still be in
+/// somebody's hands (a card's, or another queue's), and until they are back nothing is unmapped and the guest, which
+/// takes its pages back once it reads `Closing`, is told nothing.
+struct Draining<H: Hypervisor> {
+    queues: Vec<Queue<H>>,
+    /// When it is given up: what is still out then is parked.
+    until: Instant,
+    /// What follows.
+    after: After,
+}
+
+/// What follows once nothing is connected any more.
+#[derive(Default)]
+struct After {
+    /// States to write, in order.
+    states: &'static [State],
+    /// For the error node.
+    error: Option<String>,
+    /// Whether the vif ends.
+    remove: bool,
+}
+
+impl After {
+    const fn states(states: &'static [State]) -> Self {
+        Self { states, error: None, remove: false }
+    }
 }
 
 pub(crate) struct Vif<H: Hypervisor> {
@@ -95,6 +127,7 @@ pub(crate) struct Vif<H: Hypervisor> {
     rate: RateLimit,
     max_queues: u16,
     pub(crate) queues: Vec<Queue<H>>,
+    draining: Option<Draining<H>>,
     pub(crate) features: Features,
     /// Of connections that have ended, and of packets that reached none of its queues.
     pub(crate) ended: Counters,
@@ -131,6 +164,7 @@ impl<H: Hypervisor> Vif<H> {
             rate: RateLimit::UNLIMITED,
             max_queues,
             queues: Vec::new(),
+            draining: None,
             features: Features::empty(),
             ended: Counters::default(),
             faults: 0,
@@ -149,7 +183,8 @@ impl<H: Hypervisor> Vif<H> {
 
     pub(crate) fn counters(&self) -> Counters {
         let mut sum = self.ended;
-        for queue in &self.queues {
+        let draining = self.draining.iter().flat_map(|draining| &draining.queues);
+        for queue in self.queues.iter().chain(draining) {
             sum += queue.counters();
         }
         sum
@@ -175,9 +210,10 @@ impl<H: Hypervisor> Vif<H> {
         ]));
     }
 
-    /// When the vif wants [`wake_if_due`](Self::wake_if_due).
+    /// When the vif wants [`wake_if_due`](Self::wake_if_due), or [`settle`](Self::settle).
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.not_before
+        let drained = self.draining.as_ref().map(|draining| draining.until);
+        self.not_before.into_iter().chain(drained).min()
     }
 
     /// Looks again if a frontend that had to wait may now connect.
@@ -295,22 +331,13 @@ impl<H: Hypervisor> Vif<H> {
                 // Nothing that a connected frontend could change is offered: agree, and go on as before.
                 self.write_states(&[State::Reconfigured], None, around);
             }
-            Action::Disconnect { then } => {
-                self.disconnect(around);
-                self.write_states(then, None, around);
-            }
+            Action::Disconnect { then } => self.disconnect(After::states(then), around),
             Action::Fault { then } => {
-                self.disconnect(around);
-                self.write_states(
-                    then,
-                    Some("frontend is in a state it has no business in"),
-                    around,
-                );
+                let error = Some("frontend is in a state it has no business in".into());
+                self.disconnect(After { error, ..After::states(then) }, around);
             }
             Action::Remove { then } => {
-                self.disconnect(around);
-                self.write_states(then, None, around);
-                self.remove(around);
+                self.disconnect(After { remove: true, ..After::states(then) }, around);
             }
         }
     }
@@ -372,14 +399,13 @@ impl<H: Hypervisor> Vif<H> {
         if let Some(fault) = fault {
             around.notices.push(Notice::Faulted(self.id, fault));
         }
-        self.disconnect(around);
-        match on_fault(self.own) {
-            Action::Fault { then } => {
-                self.write_states(then, Some(text.as_deref().unwrap_or("store failure")), around);
-            }
-            Action::Remove { .. } => self.remove(around),
-            _ => {}
-        }
+        let error = Some(text.unwrap_or_else(|| "store failure".into()));
+        let after = match on_fault(self.own) {
+            Action::Fault { then } => After { error, ..After::states(then) },
+            Action::Remove { then } => After { remove: true, ..After::states(then) },
+            _ => After::default(),
+        };
+        self.disconnect(after, around);
     }
 
     fn penalise(&mut self, now: Instant) {
@@ -387,21 +413,54 @@ impl<H: Hypervisor> Vif<H> {
         self.faults = self.faults.saturating_add(1);
     }
 
-    /// Drops ports and rings, if there are any.
-    fn disconnect(&mut self, around: &mut Around<'_, H>) {
-        if self.queues.is_empty() {
+    /// Cuts off what is connected, and does what follows as soon as all of it is let go of: at once, or when a later
+    /// [`settle`](Self::settle) finds that it is.
+    fn disconnect(&mut self, after: After, around: &mut Around<'_, H>) {
+        match &mut self.draining {
+            // Only the end of the vif comes over a disconnect: all else waits for it (see `Step::Drain`).
+            Some(draining) => draining.after = after,
+            None if self.queues.is_empty() => return self.follow(after, around),
+            None => {
+                let queues = core::mem::take(&mut self.queues);
+                let until = around.now.after(DRAIN_CAP);
+                self.draining = Some(Draining { queues, until, after });
+                self.features = Features::empty();
+                self.step = Step::Drain;
+            }
+        }
+        self.settle(around);
+    }
+
+    /// Ends a disconnect if nothing is out any more, or what is has been waited for long enough. To be called whenever
+    /// something came back; does nothing if nothing is being disconnected.
+    pub(crate) fn settle(&mut self, around: &mut Around<'_, H>) {
+        // Queues lend nothing out that outlives a poll, so all is back. Once they do: `is_none_or` some queue still waits
+        // for a page and `draining.until` is yet to come.
+        if self.draining.is_none() {
             return;
         }
         self.ended = self.counters();
-        let queues = core::mem::take(&mut self.queues);
+        let Some(Draining { queues, after, .. }) = self.draining.take() else { return };
         around.mapper.unmap_batch(queues.into_iter().flat_map(Queue::disconnect));
-        self.features = Features::empty();
         around.notices.push(Notice::Disconnected(self.id));
+        self.step = Step::Idle;
+        self.follow(after, around);
+        self.look(around.client);
     }
 
-    /// Ends the vif; nothing is written.
+    fn follow(&mut self, after: After, around: &mut Around<'_, H>) {
+        self.write_states(after.states, after.error.as_deref(), around);
+        if after.remove {
+            self.end(around);
+        }
+    }
+
+    /// Ends the vif, as soon as all that is connected is let go of; nothing is written.
     pub(crate) fn remove(&mut self, around: &mut Around<'_, H>) {
-        self.disconnect(around);
+        self.disconnect(After { remove: true, ..After::default() }, around);
+    }
+
+    fn end(&mut self, around: &mut Around<'_, H>) {
         if let Some(watch) = self.watch.take() {
             around.client.unwatch(watch);
         }

@@ -37,6 +37,8 @@ netif::counters! {
         failed,
         /// Packets whose description broke the rules.
         malformed,
+        /// Packets whose checksum the device found to be wrong.
+        checksum,
         /// Times no page could be had to post.
         no_memory,
         /// Times requests were published.

@@ -20,6 +20,7 @@ use xenbus::device::{Action, State, parse_u32};
 use crate::Meta;
 use crate::counters::Counters;
 use crate::fault::{BackendFault, Refusal, SendError};
+use crate::flow::Steering;
 use crate::negotiate::{self, MAX_QUEUES};
 use crate::queue::{Maker, Queue};
 
@@ -116,6 +117,7 @@ pub struct Frontend<H: Hypervisor> {
     hidden: bool,
     /// Whether a connection is wanted.
     wanted: bool,
+    steering: Steering,
     queues: Vec<Queue<H>>,
     /// Of a connection that has ended, until the backend has let go of them.
     retired: Vec<Queue<H>>,
@@ -162,6 +164,7 @@ impl<H: Hypervisor> Frontend<H> {
             dirty: true,
             hidden: false,
             wanted: true,
+            steering: Steering::new(),
             queues: Vec::new(),
             retired: Vec::new(),
             offered: Features::empty(),
@@ -521,6 +524,29 @@ impl<H: Hypervisor> Frontend<H> {
                 None
             }
         }
+    }
+
+    /// The queue that a frame belongs on: always the same for the packets of one flow, so that their order is kept.
+    #[must_use]
+    pub fn queue_for(&self, frame: &[u8]) -> usize {
+        self.steering.queue(frame, self.queues.len())
+    }
+
+    /// Whether `packets` of the largest kind would find room on each queue. If not, somebody waits for it from now on.
+    #[cfg(feature = "smoltcp")]
+    pub(crate) fn has_room(&mut self, packets: usize) -> bool {
+        let mut room = self.established;
+        for queue in &mut self.queues {
+            // All are asked: each is to say when it has room again.
+            room &= queue.has_room(packets);
+        }
+        room
+    }
+
+    /// Counts a packet whose checksum was wrong.
+    #[cfg(feature = "smoltcp")]
+    pub(crate) fn count_bad_checksum(&mut self) {
+        self.ended.rx.checksum += 1;
     }
 
     /// What has happened since the last call.

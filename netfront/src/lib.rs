@@ -5,7 +5,10 @@
 extern crate alloc;
 
 mod counters;
+#[cfg(feature = "smoltcp")]
+pub mod device;
 mod fault;
+mod flow;
 mod frontend;
 mod negotiate;
 mod queue;

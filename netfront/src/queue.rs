@@ -137,6 +137,11 @@ impl<H: Hypervisor> Queue<H> {
         true
     }
 
+    #[cfg(feature = "smoltcp")]
+    pub(crate) fn has_room(&mut self, packets: usize) -> bool {
+        self.tx.has_room(packets)
+    }
+
     pub(crate) fn send(&mut self, bytes: &[u8], meta: Meta) -> Result<(), SendError> {
         self.tx.send(bytes, meta)
     }

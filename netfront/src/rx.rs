@@ -83,7 +83,7 @@ impl<H: Hypervisor> RxQueue<H> {
     }
 
     fn linearise(&mut self, received: &Received, to: &mut Vec<u8>) -> Meta {
-        to.clear();
+        // Zeros only for what it grows by: the rest is overwritten.
         to.resize(received.size as usize, 0);
         let mut rest = to.as_mut_slice();
         for slot in &received.slots {

@@ -20,6 +20,10 @@ const SPREAD: usize = 1024;
 /// Bytes between the places where small packets begin: a cache line.
 const STRIDE: usize = 64;
 
+/// Pages of the longest packet.
+#[cfg(feature = "smoltcp")]
+const MAX_PAGES: usize = (u16::MAX as usize).div_ceil(PAGE_SIZE);
+
 /// A page, and whether a request that names it is with the backend.
 struct Buffer<H: Hypervisor> {
     /// Granted when first needed, and from then on.
@@ -48,8 +52,10 @@ pub(crate) struct TxQueue<H: Hypervisor> {
     pushed: bool,
     /// By id.
     buffers: Vec<Buffer<H>>,
-    /// Ids not in flight; the last is the next, as its page is the warmest.
+    /// Ids with a page, not in flight; the last is the next, as its page is the warmest.
     free: Vec<u16>,
+    /// Ids that no page was needed for so far.
+    bare: Vec<u16>,
     /// Slots of extras in flight; their responses have no id.
     extras: u32,
     /// Somebody waits for room.
@@ -73,7 +79,8 @@ impl<H: Hypervisor> TxQueue<H> {
             ring: TxFrontRing::init(page),
             pushed: false,
             buffers: ids.clone().map(|_| Buffer { page: None, in_flight: false }).collect(),
-            free: ids.rev().collect(),
+            free: Vec::with_capacity(ids.len()),
+            bare: ids.rev().collect(),
             extras: 0,
             blocked: false,
             counters: TxCounters::default(),
@@ -104,18 +111,8 @@ impl<H: Hypervisor> TxQueue<H> {
             return Err(SendError::NotOffered);
         }
         let slots = pages + usize::from(meta.gso.is_some());
-        if slots > self.ring.free() as usize || pages > self.free.len() {
-            self.blocked = true;
-            self.counters.full += 1;
-            return Err(SendError::Full);
-        }
         // All pages before the first request: half a packet must not get on the ring.
-        for &id in self.free.iter().rev().take(pages) {
-            let Some(buffer) = self.buffers.get_mut(usize::from(id)) else { continue };
-            if buffer.page.is_none() {
-                buffer.page = Some(self.table.share(self.backend, true)?);
-            }
-        }
+        self.reserve(slots, pages)?;
         let mut flags = match meta.checksum {
             Checksum::Unverified => TxFlags::empty(),
             Checksum::Validated => TxFlags::DATA_VALIDATED,
@@ -141,6 +138,44 @@ impl<H: Hypervisor> TxQueue<H> {
         self.counters.packets += 1;
         self.counters.bytes += u64::from(size);
         Ok(())
+    }
+
+    /// Makes sure that so many slots are free, and so many pages are at hand.
+    fn reserve(&mut self, slots: usize, pages: usize) -> Result<(), SendError> {
+        if slots > self.ring.free() as usize {
+            return Err(self.block());
+        }
+        while self.free.len() < pages {
+            let Some(&id) = self.bare.last() else { return Err(self.block()) };
+            let page = match self.table.share(self.backend, true) {
+                Ok(page) => page,
+                // Pages come back with what is in flight.
+                Err(_) if self.in_flight() > 0 => return Err(self.block()),
+                Err(error) => return Err(error.into()),
+            };
+            let Some(buffer) = self.buffers.get_mut(usize::from(id)) else {
+                return Err(self.block());
+            };
+            buffer.page = Some(page);
+            self.bare.pop();
+            self.free.push(id);
+        }
+        Ok(())
+    }
+
+    fn block(&mut self) -> SendError {
+        self.blocked = true;
+        self.counters.full += 1;
+        SendError::Full
+    }
+
+    /// Whether `packets` of the largest kind would find room now. If not, somebody waits for it from now on.
+    #[cfg(feature = "smoltcp")]
+    pub(crate) fn has_room(&mut self, packets: usize) -> bool {
+        let pages = if self.features.contains(Features::SG) { MAX_PAGES } else { 1 };
+        let pages = pages.max(packets);
+        // One for the extra.
+        self.reserve(pages + 1, pages).is_ok()
     }
 
     /// Puts a part of a packet on the ring. There is room for it, and a page.

@@ -2,244 +2,23 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
-use std::collections::BTreeMap;
+mod common;
+
 use std::sync::atomic::Ordering;
 
-use evtchn::{Channel, Upcalls};
-use grant::{GrantTable, MapRequest, Mapper, Mapping, SharedMemory};
-use hypercall::{DomId, GrantRef, Handle, Instant, Port, VcpuId};
+use common::{BACK, FRONT, World, connected, directory, okay, rx, write};
+use grant::SharedMemory;
+use hypercall::{DomId, Handle};
 use netfront::{BackendFault, Config, Frontend, Meta, Notice, SendError};
 use netif::keys::Features;
-use netif::ring::{RingFault, RxBackRing, TxBackRing, layout};
+use netif::ring::{RingFault, layout};
 use netif::rx::WrongId;
 use netif::slot::{
-    Extra, ExtraInfo, GsoType, RxFlags, RxId, RxResponse, RxStatus, TxId, TxResponse, TxStatus,
+    Extra, ExtraInfo, GsoType, RxFlags, RxId, RxResponse, TxId, TxResponse, TxStatus,
 };
-use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
-use xenbus::client::{Change, Client, Event, Outcome};
+use sim::{Fault, FaultPlan, Kind};
+use xenbus::client::Change;
 use xenbus::device::State;
-use xenbus::server::{ConnId, Quotas, Server};
-use xenbus::wire::{Access, Perm};
-
-const BACK: &str = "/local/domain/0/backend/vif/1/0";
-const FRONT: &str = "/local/domain/1/device/vif/0";
-
-struct Rings {
-    tx: TxBackRing<Mapping<SimHv>>,
-    rx: RxBackRing<Mapping<SimHv>>,
-    tx_grant: Mapping<SimHv>,
-    rx_grant: Mapping<SimHv>,
-    channel: Channel<SimHv>,
-}
-
-struct World {
-    sim: Sim,
-    server: Server,
-    dom0: (ConnId, Client),
-    guest: (ConnId, Client),
-    upcalls: Upcalls<SimHv>,
-    own: Upcalls<SimHv>,
-    mapper: Mapper<SimHv>,
-    table: GrantTable<SimHv>,
-    nic: Frontend<SimHv>,
-    notices: Vec<Notice>,
-    received: Vec<Vec<u8>>,
-    now: Instant,
-}
-
-fn write(path: String, value: &str) -> Change {
-    Change::Write { path, value: value.into() }
-}
-
-impl World {
-    fn new(config: Config) -> Self {
-        let sim = Sim::new();
-        let (back, hv) = (sim.create(DomainConfig::dom0()), sim.create(DomainConfig::guest()));
-        let mut server = Server::new(Quotas::default());
-        let mut dom0 = (server.connect(DomId(0), true), Client::new());
-        let mut guest = (server.introduce(DomId(1)), Client::new());
-        let mut changes = Vec::new();
-        for (path, owner, reader) in [
-            ("/local/domain/1", 0, 1),
-            ("/local/domain/1/error", 1, 0),
-            (FRONT, 1, 0),
-            (BACK, 0, 1),
-        ] {
-            let perms = [(Access::None, owner), (Access::Read, reader)];
-            let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
-            changes.push(Change::Mkdir { path: path.into() });
-            changes.push(Change::SetPerms { path: path.into(), perms });
-        }
-        for (key, value) in [("backend", BACK), ("backend-id", "0"), ("state", "1")] {
-            changes.push(write(format!("{FRONT}/{key}"), value));
-        }
-        changes.push(write(format!("{BACK}/state"), "1"));
-        changes.push(write(format!("{BACK}/online"), "1"));
-        dom0.1.commit(changes);
-        let upcalls = Upcalls::new(&hv, VcpuId(0));
-        let table = GrantTable::new(&hv).unwrap();
-        let nic = Frontend::new(table.clone(), upcalls.binder(), &mut guest.1, config);
-        let mut world = Self {
-            sim,
-            server,
-            dom0,
-            guest,
-            upcalls,
-            own: Upcalls::new(&back, VcpuId(0)),
-            mapper: Mapper::new(&back),
-            table,
-            nic,
-            notices: Vec::new(),
-            received: Vec::new(),
-            now: Instant(0),
-        };
-        world.settle();
-        world
-    }
-
-    fn settle(&mut self) {
-        for _ in 0..1000 {
-            let mut more = false;
-            for (conn, client) in [&mut self.dom0, &mut self.guest] {
-                let sent = self.server.receive(*conn, client.pending_output()).unwrap();
-                client.consume_output(sent);
-                let bytes = self.server.pending_output(*conn);
-                let heard = bytes.len();
-                client.receive(bytes).unwrap();
-                self.server.consume_output(*conn, heard);
-                more |= sent + heard > 0;
-            }
-            while self.dom0.1.poll_event().is_some() {}
-            let Self { upcalls, nic, guest, now, .. } = self;
-            more |= upcalls.scan(64, |port| assert!(nic.on_event(port))) > 0;
-            while let Some(event) = guest.1.poll_event() {
-                nic.on_store(&mut guest.1, &event, *now);
-                more = true;
-            }
-            let mut frame = Vec::new();
-            while nic.receive(0, &mut frame).is_some() {
-                self.received.push(std::mem::take(&mut frame));
-            }
-            more |= nic.poll(&mut guest.1, *now);
-            self.notices.extend(nic.take_notices());
-            if !more && guest.1.pending_output().is_empty() {
-                return;
-            }
-        }
-        panic!("no end to it");
-    }
-
-    fn set(&mut self, changes: &[(&str, &str)]) {
-        let changes = changes.iter().map(|(key, value)| write(format!("{BACK}/{key}"), value));
-        self.dom0.1.commit(changes.collect::<Vec<_>>());
-        self.settle();
-    }
-
-    fn offer(&mut self, features: &[(&str, &str)]) {
-        self.set(features);
-        self.set(&[("feature-rx-copy", "1"), ("state", "2")]);
-    }
-
-    fn keys(&mut self) -> BTreeMap<&'static str, u32> {
-        let names = ["tx-ring-ref", "rx-ring-ref", "event-channel", "state"];
-        let paths = names.map(|name| format!("{FRONT}/{name}"));
-        let (conn, mut client) = (self.server.connect(DomId(0), true), Client::new());
-        client.read_many(paths);
-        for _ in 0..4 {
-            let sent = self.server.receive(conn, client.pending_output()).unwrap();
-            client.consume_output(sent);
-            let bytes = self.server.pending_output(conn).to_vec();
-            client.receive(&bytes).unwrap();
-            self.server.consume_output(conn, bytes.len());
-        }
-        self.server.disconnect(conn);
-        let Some(Event::Done { result: Ok(Outcome::Values(values)), .. }) = client.poll_event()
-        else {
-            panic!("the read has ended");
-        };
-        let number = |value: Vec<u8>| String::from_utf8(value).unwrap().parse().unwrap();
-        let pairs = names.into_iter().zip(values);
-        pairs.filter_map(|(name, value)| Some((name, number(value?)))).collect()
-    }
-
-    fn map(&self, gref: u32) -> Mapping<SimHv> {
-        let request = MapRequest { domain: DomId(1), gref: GrantRef(gref), read_only: false };
-        self.mapper.map(request).unwrap()
-    }
-
-    /// Connects the backend's end.
-    fn attach(&mut self) -> Rings {
-        let keys = self.keys();
-        assert_eq!(keys["state"], 4, "{:?}", self.notices);
-        let (tx, rx) = (keys["tx-ring-ref"], keys["rx-ring-ref"]);
-        let binder = self.own.binder();
-        let rings = Rings {
-            tx: TxBackRing::attach(self.map(tx)).map_err(|(fault, _)| fault).unwrap(),
-            rx: RxBackRing::attach(self.map(rx)).map_err(|(fault, _)| fault).unwrap(),
-            tx_grant: self.map(tx),
-            rx_grant: self.map(rx),
-            channel: binder.bind_interdomain(DomId(1), Port(keys["event-channel"])).unwrap(),
-        };
-        self.set(&[("state", "4")]);
-        assert!(self.nic.is_connected());
-        rings
-    }
-
-    /// Wakes the frontend.
-    fn kick(&mut self, rings: &mut Rings) {
-        let _ = rings.tx.publish();
-        let _ = rings.rx.publish();
-        rings.channel.notify().unwrap();
-        self.settle();
-    }
-
-    fn send(&mut self, count: usize) {
-        for _ in 0..count {
-            self.nic.send(0, &[7; 100], Meta::default()).unwrap();
-        }
-        self.settle();
-    }
-
-    fn pass(&mut self, nanos: u64) {
-        self.now = self.now.after(nanos);
-        self.settle();
-    }
-
-    /// The backend was left for that reason; once it has let go, the two connect again, and nothing is held of before.
-    fn assert_left(&mut self, rings: Rings, fault: BackendFault) {
-        assert!(self.notices.contains(&Notice::Faulted(fault)), "{:?}", self.notices);
-        assert_eq!(self.nic.state(), State::Closing);
-        assert_eq!(self.nic.send(0, &[7; 100], Meta::default()), Err(SendError::NotConnected));
-        assert!(self.table.granted() > 0, "the backend may still use them");
-        drop(rings);
-        self.set(&[("state", "5")]);
-        self.set(&[("state", "6")]);
-        assert_eq!(self.nic.state(), State::Closed);
-        assert_eq!((self.table.granted(), self.table.parked()), (0, 0));
-        self.pass(1_000_000_000);
-        assert_eq!(self.nic.state(), State::Initialising);
-        self.set(&[("state", "2")]);
-        let mut rings = self.attach();
-        self.send(1);
-        assert_eq!(rings.tx.poll().unwrap(), 1);
-        assert_eq!(self.sim.violations(), Vec::<String>::new());
-    }
-}
-
-fn connected() -> (World, Rings) {
-    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
-    world.offer(&[("feature-sg", "1")]);
-    let rings = world.attach();
-    (world, rings)
-}
-
-fn okay(id: u16) -> TxResponse {
-    TxResponse { id: TxId(id), status: TxStatus::OKAY }
-}
-
-fn rx(id: u16, offset: u16, flags: RxFlags, status: i16) -> RxResponse {
-    RxResponse { id: RxId(id), offset, flags, status: RxStatus(status) }
-}
 
 #[test]
 fn hostile_42_43_producers_that_jump() {
@@ -435,31 +214,21 @@ fn hostile_58_the_backend_dies() {
     for holds in [false, true] {
         let (mut world, rings) = connected();
         world.send(5);
-        let kept = holds.then(|| world.map(world.nic_ring()));
+        let kept = holds.then(|| {
+            let tx = world.keys()["tx-ring-ref"];
+            world.map(tx)
+        });
         drop(rings);
         world.dom0.1.commit([Change::Rm { path: BACK.into() }]);
         world.settle();
         assert_eq!(world.nic.state(), State::Closed);
         assert_eq!(world.nic.counters().tx.lost, 5);
-        assert_eq!((world.table.granted(), world.table.parked()), (0, usize::from(holds)));
+        assert_eq!(world.grants(), (0, usize::from(holds)));
         drop(kept);
-        let perms = [(Access::None, 0), (Access::Read, 1)];
-        let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
-        world.dom0.1.commit([
-            Change::Mkdir { path: BACK.into() },
-            Change::SetPerms { path: BACK.into(), perms },
-        ]);
+        world.dom0.1.commit(directory(BACK, 0, 1));
         world.pass(1_000_000_000);
         world.offer(&[]);
         world.attach();
-    }
-}
-
-impl World {
-    /// The reference of the TX ring.
-    fn nic_ring(&self) -> u32 {
-        // The first that the table gives out after its eight reserved ones.
-        8
     }
 }
 
@@ -468,11 +237,8 @@ fn hostile_59_the_backend_is_replaced_by_another() {
     let (mut world, rings) = connected();
     world.send(2);
     let other = "/local/domain/0/backend/vif/1/7";
-    let perms = [(Access::None, 0), (Access::Read, 1)];
-    let perms = perms.map(|(access, id)| Perm::new(access, DomId(id))).into();
+    world.dom0.1.commit(directory(other, 0, 1));
     world.dom0.1.commit([
-        Change::Mkdir { path: other.into() },
-        Change::SetPerms { path: other.into(), perms },
         write(format!("{other}/feature-rx-copy"), "1"),
         write(format!("{other}/state"), "2"),
     ]);
@@ -492,7 +258,7 @@ fn hostile_59_the_backend_is_replaced_by_another() {
 
 #[test]
 fn what_an_earlier_kernel_left_is_ended_first() {
-    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
+    let mut world = World::plain(Config { split: false, ..Config::new(Handle(0)) });
     world.offer(&[]);
     let rings = world.attach();
     // Another kernel in the same domain, which knows nothing of all this.
@@ -531,7 +297,7 @@ fn hostile_61_no_memory_for_pages() {
 
 #[test]
 fn what_the_backend_does_not_offer_is_not_sent() {
-    let mut world = World::new(Config { split: false, ..Config::new(Handle(0)) });
+    let mut world = World::plain(Config { split: false, ..Config::new(Handle(0)) });
     world.offer(&[("feature-no-csum-offload", "1")]);
     let _rings = world.attach();
     assert_eq!(world.nic.features(), Features::RX_COPY);
@@ -547,7 +313,7 @@ fn what_the_backend_does_not_offer_is_not_sent() {
 
 #[test]
 fn a_backend_that_does_not_copy_is_left() {
-    let mut world = World::new(Config::new(Handle(0)));
+    let mut world = World::plain(Config::new(Handle(0)));
     world.set(&[("state", "2")]);
     assert!(matches!(world.notices[..], [Notice::Refused(netfront::Refusal::NoCopy)]));
     assert_eq!(world.nic.state(), State::Closing);

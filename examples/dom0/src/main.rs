@@ -10,6 +10,7 @@ mod capture;
 mod console;
 mod editor;
 mod metrics;
+mod sink;
 mod stack;
 mod store;
 mod toolstack;

@@ -1,4 +1,4 @@
-//! dom0's own address on the switch: it answers pings, and serves its counters by HTTP.
+//! dom0's own address on the switch: it answers pings, serves its counters by HTTP, and takes streams.
 
 use alloc::format;
 use alloc::string::String;
@@ -18,10 +18,14 @@ use smoltcp::socket::tcp;
 use smoltcp::time;
 use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
 
+use crate::sink::Sink;
+
 /// Where the counters are served.
 const HTTP: u16 = 80;
 /// Requests served at once.
 const SERVERS: usize = 4;
+/// Streams taken at once.
+const SINKS: usize = 2;
 /// Bytes of a request that are looked at.
 const REQUEST: usize = 1024;
 /// Bytes of each socket's buffers.
@@ -137,6 +141,7 @@ pub(crate) struct Stack {
     interface: Interface,
     sockets: SocketSet<'static>,
     connections: Vec<Connection>,
+    sinks: Vec<Sink>,
 }
 
 fn at(now: Instant) -> time::Instant {
@@ -165,7 +170,8 @@ impl Stack {
                 Connection { socket, request: Vec::new(), reply: Reply::None }
             })
             .collect();
-        Self { interface, sockets, connections }
+        let sinks = (0..SINKS).map(|_| Sink::new(&mut sockets)).collect();
+        Self { interface, sockets, connections, sinks }
     }
 
     pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddress> {
@@ -180,13 +186,16 @@ impl Stack {
         now: Instant,
         mut page: impl FnMut(&Backend<Hv>) -> String,
     ) -> bool {
-        let Self { interface, sockets, connections } = self;
+        let Self { interface, sockets, connections, sinks } = self;
         let mut sent = false;
         interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);
         let mut written = false;
         for connection in connections {
             let socket = sockets.get_mut::<tcp::Socket>(connection.socket);
             written |= connection.serve(socket, || page(backend));
+        }
+        for sink in sinks {
+            written |= sink.serve(sockets);
         }
         if written {
             interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);

@@ -30,9 +30,9 @@ macro_rules! embedded {
 
 /// The steps a guest can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!(
-    "abuse" "at" "away" "cnt" "crash" "feat" "file" "filesum" "garbage" "get" "met" "net" "pings" "private" "reload"
-    "renet" "settle" "sha" "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv"
-    "usend"
+    "abuse" "at" "away" "bg" "bgend" "cnt" "crash" "feat" "file" "files" "filesum" "flow" "garbage" "get" "met" "net"
+    "pings" "pour" "private" "reload" "renet" "settle" "sha" "state" "storetime" "stream" "streamed" "streamstop" "tcp"
+    "udone" "up" "urecv" "usend"
 );
 
 const LIBRARIES: &[&str] = &[

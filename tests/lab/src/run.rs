@@ -176,6 +176,44 @@ impl Run {
             .with_context(|| format!("waited for {what}"))
     }
 
+    /// Types a command at dom0's own console; returns what it answers, or why it does not. A line that lost a byte on its
+    /// way is refused or not answered, and is typed again.
+    pub fn operate(&self, command: &str) -> Result<Vec<String>> {
+        let mut refused = None;
+        for _ in 0..3 {
+            let mark = self.machine.console.mark(Source::Dom(0));
+            // Ctrl-U: whatever is left of an earlier try goes.
+            self.machine.console.type_line(0, &format!("\x15{command}"))?;
+            let mut lines = Vec::new();
+            let end =
+                self.machine.console.wait(Source::Dom(0), mark, Duration::from_secs(10), |line| {
+                    match line.text.strip_prefix("error: ") {
+                        Some(why) => Some(Err(why.to_owned())),
+                        None if line.text == "ok" => Some(Ok(())),
+                        None => {
+                            lines.push(line.text.clone());
+                            None
+                        }
+                    }
+                });
+            match end {
+                Ok(Ok(())) => {
+                    // The echo of the command, and whatever dom0 logs meanwhile.
+                    lines.retain(|line| !line.starts_with("dom0> ") && !line.starts_with('['));
+                    return Ok(lines);
+                }
+                Ok(Err(why)) => refused = Some(why),
+                Err(_) => {
+                    ensure!(!self.machine.console.closed(), "QEMU ended (see qemu.log)");
+                }
+            }
+        }
+        match refused {
+            Some(why) => bail!("dom0 refuses \"{command}\": {why}"),
+            None => bail!("dom0 does not answer \"{command}\""),
+        }
+    }
+
     /// Starts a step in a domain. A line lost on the way is typed again; the agent takes each number once.
     pub fn begin(&self, domain: usize, step: &str) -> Result<Step> {
         let id = self.next_step.fetch_add(1, Ordering::Relaxed);

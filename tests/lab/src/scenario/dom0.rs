@@ -14,7 +14,7 @@ use crate::machine::Plan;
 use crate::run::{Run, Tally};
 use crate::toolchain::{self, IMAGE_LIMIT};
 
-fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &'a str) -> Plan<'a> {
+pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &'a str) -> Plan<'a> {
     Plan {
         xen: &images.xen,
         dom0,
@@ -27,7 +27,7 @@ fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &'a str) -> Pla
     }
 }
 
-fn prepare() -> Result<(Images, PathBuf)> {
+pub fn prepare() -> Result<(Images, PathBuf)> {
     Ok((images::prepare(false)?, toolchain::dom0()?))
 }
 
@@ -56,7 +56,7 @@ pub fn test(name: &'static str) -> Result<Tally> {
 }
 
 /// Everybody is there, and it fits in what it has to fit in.
-fn up(run: &mut Run, dom0: &Path) -> bool {
+pub fn up(run: &mut Run, dom0: &Path) -> bool {
     let made = fs::metadata(dom0).map_err(Into::into).and_then(|m| {
         ensure!(m.len() <= IMAGE_LIMIT, "{} bytes, more than {IMAGE_LIMIT}", m.len());
         Ok(format!("{} KiB", m.len() / 1024))
@@ -120,7 +120,7 @@ fn measure_idle(run: &Run) -> Result<f64> {
 }
 
 /// Takes dom0's capture ring out of the machine.
-fn capture(run: &mut Run) {
+pub fn capture(run: &mut Run) {
     let made = take_capture(run);
     run.check("dom0's capture becomes a pcap", Source::Dom(0), made);
 }

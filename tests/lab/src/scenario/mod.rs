@@ -6,6 +6,7 @@ mod linux;
 mod store;
 mod traffic;
 mod udp;
+mod withdraw;
 
 use anyhow::{Context as _, Result};
 
@@ -32,6 +33,13 @@ pub const ALL: &[Scenario] = &[
         about: "this project's dom0 with two unmodified Linux guests",
         by_default: true,
         test: dom0::test,
+        boot: dom0::boot,
+    },
+    Scenario {
+        name: "withdraw-aarch64",
+        about: "the same, while an operator takes datapaths away from under traffic and gives them back",
+        by_default: true,
+        test: withdraw::test,
         boot: dom0::boot,
     },
     Scenario {

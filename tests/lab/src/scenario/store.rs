@@ -41,7 +41,7 @@ pub fn all(run: &mut Run) {
     }
 }
 
-fn private(run: &Run, domain: usize, other: usize) -> Result<String> {
+pub fn private(run: &Run, domain: usize, other: usize) -> Result<String> {
     let answer = run.good(domain, &format!("private {other}"), 60)?;
     let odd: Vec<_> = answer
         .lines
@@ -51,7 +51,7 @@ fn private(run: &Run, domain: usize, other: usize) -> Result<String> {
         .collect();
     ensure!(odd.is_empty(), "{}", odd.join("; "));
     let count = |word: &str| answer.lines.iter().filter(|l| l.starts_with(word)).count();
-    ensure!(count("refused") == 9 && count("works") == 3, "{}", answer.text());
+    ensure!(count("refused") == 11 && count("works") == 3, "{}", answer.text());
     Ok(format!("{} tries refused, its own {} work", count("refused"), count("works")))
 }
 

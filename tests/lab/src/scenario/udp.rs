@@ -6,37 +6,53 @@ use crate::console::Source;
 use crate::metrics::Metrics;
 use crate::run::{Answer, Run};
 
-/// The counters that have to add up, all read while nothing moves.
-struct Books {
-    /// Guest 1's own counters.
+/// The counters that have to add up for what one guest sends to the other, all read while nothing moves.
+pub struct Books {
+    way: Way,
+    /// The sender's own counters.
     sender: Answer,
-    /// Guest 2's own counters.
+    /// The receiver's own counters.
     receiver: Answer,
-    /// dom0's, as guest 1 reads them: what they say of vif2.0 is not disturbed by the reading.
+    /// dom0's, as the sender reads them: what they say of the receiver's vif is not disturbed by the reading.
     of_receiver: Metrics,
-    /// dom0's, as guest 2 reads them, for vif1.0.
+    /// dom0's, as the receiver reads them, for the sender's vif.
     of_sender: Metrics,
 }
 
+/// Which guest sends, and to which.
+#[derive(Clone, Copy)]
+pub struct Way {
+    /// The sender.
+    pub from: usize,
+    /// The receiver.
+    pub to: usize,
+}
+
 impl Books {
-    fn read(run: &Run, label: &str) -> Result<Self> {
-        let of_receiver = run.metrics(1, &format!("{label}-vif2"))?;
-        let receiver = run.good(2, "cnt", 20)?;
-        let of_sender = run.metrics(2, &format!("{label}-vif1"))?;
-        let sender = run.good(1, "cnt", 20)?;
-        Ok(Self { sender, receiver, of_receiver, of_sender })
+    fn read(run: &Run, way: Way, label: &str) -> Result<Self> {
+        let Way { from, to } = way;
+        let of_receiver = run.metrics(from, &format!("{label}-vif{to}"))?;
+        let receiver = run.good(to, "cnt", 20)?;
+        let of_sender = run.metrics(to, &format!("{label}-vif{from}"))?;
+        let sender = run.good(from, "cnt", 20)?;
+        Ok(Self { way, sender, receiver, of_receiver, of_sender })
+    }
+
+    /// Who sends, and to whom.
+    pub fn way(&self) -> Way {
+        self.way
     }
 
     /// Reads until two readings in a row agree: a frame that somebody sends between looking at one counter and at the
     /// next (an ARP request, say) is in one of them and not in the other.
-    fn steady(run: &Run, label: &str) -> Result<Self> {
+    pub fn steady(run: &Run, way: Way, label: &str) -> Result<Self> {
         // dom0 may have forgotten where the guests are, and would ask everybody between two readings.
         for domain in 1..=2 {
             run.good(domain, "pings 4:1 56 2", 20)?;
         }
-        let mut last = Self::read(run, label)?;
+        let mut last = Self::read(run, way, label)?;
         for _ in 0..4 {
-            let next = Self::read(run, label)?;
+            let next = Self::read(run, way, label)?;
             let change = Change::between(&last, &next)?;
             if change.sent == change.taken + change.refused && change.given == change.received {
                 return Ok(next);
@@ -47,8 +63,9 @@ impl Books {
     }
 }
 
-/// What changed between two readings.
-struct Change {
+/// What changed between two readings, in frames.
+pub struct Change {
+    way: Way,
     sent: f64,
     sender_lost: f64,
     taken: f64,
@@ -60,7 +77,7 @@ struct Change {
 }
 
 impl Change {
-    fn between(before: &Books, after: &Books) -> Result<Self> {
+    pub fn between(before: &Books, after: &Books) -> Result<Self> {
         let own = |old: &Answer, new: &Answer, names: &[&str]| -> Result<f64> {
             names.iter().map(|n| Ok(new.number(n)? - old.number(n)?)).sum()
         };
@@ -76,15 +93,18 @@ impl Change {
                 })
             };
         let (packets, drops) = ("netback_vif_packets_total", "netback_vif_drops_total");
+        let way = after.way;
+        let (from, to) = (&*format!("{}.0", way.from), &*format!("{}.0", way.to));
         let (s, r) =
             ((&before.of_sender, &after.of_sender), (&before.of_receiver, &after.of_receiver));
         Ok(Self {
+            way,
             sent: own(&before.sender, &after.sender, &["tx_packets"])?,
             sender_lost: own(&before.sender, &after.sender, &["tx_dropped", "udp_sndbuf"])?,
-            taken: theirs(s.0, s.1, packets, "1.0", "tx")?,
-            refused: theirs(s.0, s.1, drops, "1.0", "tx")?,
-            given: theirs(r.0, r.1, packets, "2.0", "rx")?,
-            dropped: theirs(r.0, r.1, drops, "2.0", "rx")?,
+            taken: theirs(s.0, s.1, packets, from, "tx")?,
+            refused: theirs(s.0, s.1, drops, from, "tx")?,
+            given: theirs(r.0, r.1, packets, to, "rx")?,
+            dropped: theirs(r.0, r.1, drops, to, "rx")?,
             received: own(&before.receiver, &after.receiver, &["rx_packets"])?,
             receiver_lost: own(
                 &before.receiver,
@@ -94,6 +114,36 @@ impl Change {
         })
     }
 }
+
+impl Change {
+    /// Frames that dom0 dropped, and that the guests' own kernels did.
+    pub fn lost(&self) -> (f64, f64) {
+        (self.refused + self.dropped, self.sender_lost + self.receiver_lost)
+    }
+
+    /// Every frame that the sender sent was taken or counted as dropped, and every frame that dom0 gave arrived.
+    pub fn check(&self, run: &mut Run, label: &str) {
+        let Self { way: Way { from, to }, sent, taken, refused, given, received, .. } = *self;
+        let made = (|| {
+            ensure!(
+                sent == taken + refused,
+                "guest {from} sent {sent} frames, vif{from}.0 took {taken} and dropped {refused}"
+            );
+            Ok(format!(
+                "guest {from} sent {sent} frames = vif{from}.0 took {taken} + dropped {refused}"
+            ))
+        })();
+        run.check(&format!("frames into dom0 add up, {label}"), Source::Dom(0), made);
+        let made = (|| {
+            ensure!(given == received, "vif{to}.0 gave {given} frames, guest {to} got {received}");
+            Ok(format!("vif{to}.0 gave {given} frames = guest {to} got {received}"))
+        })();
+        run.check(&format!("frames out of dom0 add up, {label}"), Source::Dom(0), made);
+    }
+}
+
+/// The way of all datagrams here.
+const WAY: Way = Way { from: 1, to: 2 };
 
 /// Sends datagrams; returns how many were sent and how many arrived, all of those intact and none twice.
 fn burst(run: &Run, size: u32, count: u32) -> Result<(f64, f64)> {
@@ -120,8 +170,8 @@ fn bursts(run: &mut Run, label: &str, list: &[(u32, u32)], before: &Books) -> Op
         let made = made.map(|(s, g)| format!("{g} of {s} arrive, all intact, none twice"));
         run.check(&format!("UDP, {size} bytes"), Source::Dom(2), made);
     }
-    let read =
-        Books::steady(run, label).and_then(|after| Ok((Change::between(before, &after)?, after)));
+    let read = Books::steady(run, WAY, label)
+        .and_then(|after| Ok((Change::between(before, &after)?, after)));
     let (change, after) = match read {
         Ok(read) => read,
         Err(error) => {
@@ -129,27 +179,12 @@ fn bursts(run: &mut Run, label: &str, list: &[(u32, u32)], before: &Books) -> Op
             return None;
         }
     };
-    let Change { sent: frames, taken, refused, given, received, dropped, .. } = change;
-    let made = (|| {
-        ensure!(
-            frames == taken + refused,
-            "guest 1 sent {frames} frames, vif1.0 took {taken} and dropped {refused}"
-        );
-        Ok(format!("guest 1 sent {frames} frames = vif1.0 took {taken} + dropped {refused}"))
-    })();
-    run.check(&format!("frames into dom0 add up, {label}"), Source::Dom(0), made);
-    let made = (|| {
-        ensure!(given == received, "vif2.0 gave {given} frames, guest 2 got {received}");
-        Ok(format!("vif2.0 gave {given} frames = guest 2 got {received}"))
-    })();
-    run.check(&format!("frames out of dom0 add up, {label}"), Source::Dom(0), made);
+    change.check(run, label);
     let lost = sent - got;
-    let counted = refused + dropped + change.sender_lost + change.receiver_lost;
-    let text = format!(
-        "{lost} datagrams lost; dom0 dropped {} frames, guests lost {}",
-        refused + dropped,
-        change.sender_lost + change.receiver_lost
-    );
+    let (dropped, guests) = change.lost();
+    let counted = dropped + guests;
+    let text =
+        format!("{lost} datagrams lost; dom0 dropped {dropped} frames, guests lost {guests}");
     let agree = if label == "fragmented" {
         // One lost frame loses a datagram, and several may be of the same one.
         lost <= counted && (lost > 0.0) == (counted > 0.0)
@@ -163,7 +198,7 @@ fn bursts(run: &mut Run, label: &str, list: &[(u32, u32)], before: &Books) -> Op
 
 /// All sizes: whole datagrams, where every frame is one, then fragmented ones.
 pub fn all(run: &mut Run) {
-    let before = match Books::steady(run, "start") {
+    let before = match Books::steady(run, WAY, "start") {
         Ok(before) => before,
         Err(error) => {
             run.check("UDP counters, start", Source::Dom(1), Err(error));

@@ -1,0 +1,291 @@
+//! Datapaths that go while packets fly, and come back: dom0's operator takes Map away, then Direct too, then gives both
+//! back, ten times, while the guests are busy with one another and with dom0.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+
+use super::udp::{Books, Change, Way};
+use super::{dom0, store, traffic};
+use crate::console::Source;
+use crate::machine::Machine;
+use crate::run::{Run, Tally};
+
+/// The operator's key, below dom0's own directory.
+const KEY: &str = "netback/withdrawn";
+/// Times that everything goes and comes back, half of them with the stream one way and half the other.
+const ROUNDS: usize = 10;
+/// What was at work when a datapath went may end in it.
+const DRAIN: Duration = Duration::from_millis(500);
+/// How long a state lasts, at least.
+const DWELL: Duration = Duration::from_millis(1000);
+/// A datapath that is given back is in use again after this, at most.
+const RETURN: Duration = Duration::from_secs(15);
+
+pub fn test(name: &'static str) -> Result<Tally> {
+    let (images, image) = dom0::prepare()?;
+    let mut run = Run::start(name, &dom0::plan(&images, &image, ""))?;
+    if dom0::up(&mut run, &image) {
+        traffic::files_ready(&mut run);
+        key(&mut run);
+        under_traffic(&mut run);
+    }
+    dom0::capture(&mut run);
+    run.finish(name)
+}
+
+/// What the key is to a guest, and what it makes of words it does not know.
+fn key(run: &mut Run) {
+    let made = store::private(run, 1, 2);
+    run.check("guest 1 can neither read nor set dom0's key", Source::Dom(1), made);
+    let made = unknown(run);
+    run.check("a word that the key does not know spoils no other", Source::Dom(0), made);
+}
+
+fn unknown(run: &Run) -> Result<String> {
+    let mark = run.machine.console.mark(Source::Dom(0));
+    set(run, "nonsense map 12")?;
+    let lines = run.machine.console.since(Source::Dom(0), mark);
+    let said = lines.into_iter().map(|line| line.text).find(|text| text.contains("nonsense"));
+    set(run, "")?;
+    said.context("dom0 does not say that it does not know it")
+}
+
+/// Sets the key, and waits until dom0 has applied it.
+fn set(run: &Run, value: &str) -> Result<()> {
+    let console = &run.machine.console;
+    let mark = console.mark(Source::Dom(0));
+    run.operate(&format!("write {KEY} {value}"))?;
+    console
+        .wait(Source::Dom(0), mark, Duration::from_secs(10), |line| {
+            line.text.contains("dom0: withdrawn: ").then_some(())
+        })
+        .with_context(|| format!("dom0 does not apply \"{value}\""))
+}
+
+fn under_traffic(run: &mut Run) {
+    let ways = [Way { from: 1, to: 2 }, Way { from: 2, to: 1 }];
+    let before: Result<Vec<_>> = ways.iter().map(|way| steady(run, *way, "before")).collect();
+    let mark = run.machine.console.mark(Source::Dom(0));
+    for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
+        half(run, flag, way);
+    }
+    let made = untroubled(&run.machine, mark);
+    run.check("no vif is closed or complains", Source::Dom(0), made);
+    match before.and_then(|before| books(run, &before)) {
+        Ok(changes) => {
+            let mut lost = (0.0, 0.0);
+            for change in &changes {
+                change.check(run, "under traffic");
+                let (dom0, guests) = change.lost();
+                lost = (lost.0 + dom0, lost.1 + guests);
+            }
+            run.figure("withdraw_dom0_drops", lost.0);
+            let text = format!("dom0 dropped {} frames, the guests' kernels {}", lost.0, lost.1);
+            let made = if lost.0 == 0.0 { Ok(text) } else { Err(anyhow!(text)) };
+            run.check("dom0 drops nothing", Source::Dom(0), made);
+        }
+        Err(error) => {
+            run.check("the counters add up", Source::Dom(0), Err(error));
+        }
+    }
+}
+
+fn steady(run: &Run, way: Way, when: &str) -> Result<Books> {
+    Books::steady(run, way, &format!("{when}-{}-to-{}", way.from, way.to))
+}
+
+/// What has changed since the first readings, each way.
+fn books(run: &Run, before: &[Books]) -> Result<Vec<Change>> {
+    let read = |old: &Books| Change::between(old, &steady(run, old.way(), "after")?);
+    before.iter().map(read).collect()
+}
+
+/// Half of the rounds, with the stream in one direction.
+fn half(run: &mut Run, flag: &str, way: &str) {
+    if let Err(error) = begin(run, flag) {
+        run.check(&format!("traffic begins, stream {way}"), Source::Dom(1), Err(error));
+        return;
+    }
+    let started = run.age();
+    for number in 1..=ROUNDS / 2 {
+        let made = round(run);
+        let name = format!("Map goes, then Direct, and both return: {number}, stream {way}");
+        run.check(&name, Source::Dom(0), made);
+    }
+    let seconds = (run.age() - started).as_secs_f64();
+    let slug = way.replace(' ', "_");
+    run.figure(format!("withdraw_{slug}_s"), seconds);
+    let made = stream(run, seconds);
+    if let Ok((least, mean, _)) = &made {
+        run.figure(format!("withdraw_tcp_{slug}_least_mbit"), *least);
+        run.figure(format!("withdraw_tcp_{slug}_mean_mbit"), *mean);
+    }
+    let made = made.map(|(_, _, text)| text);
+    run.check(&format!("the stream {way} never stands still"), Source::Dom(1), made);
+    let made = run.good(1, "bgend files", 89).map(|answer| answer.text());
+    run.check(&format!("files arrive whole beside the stream {way}"), Source::Dom(1), made);
+    let made = poured(run);
+    run.check(&format!("dom0 takes a pattern beside the stream {way}"), Source::Dom(1), made);
+    let made = datagrams(run);
+    run.check(&format!("datagrams keep their order beside the stream {way}"), Source::Dom(2), made);
+}
+
+/// The stream, a file over and over against it, a pattern to dom0, and datagrams with numbers.
+fn begin(run: &Run, flag: &str) -> Result<()> {
+    run.good(2, "urecv 9000 10", 20)?;
+    run.good(1, "bg datagrams usend 4:12 9000 1400 1000000 0.005", 20)?;
+    run.good(1, "bg pour pour", 20)?;
+    run.good(1, "bg files files 4:12", 20)?;
+    run.good(1, &format!("bg flow flow 4:12{flag}"), 20)?;
+    let (start, limit) = (used(run)?, Duration::from_secs(30));
+    wait_for(run, limit, "the stream to run by Direct", |now| start.grew(now, DIRECT))
+}
+
+/// One time: each state lasts a while, and what was carried in it is looked at.
+fn round(run: &Run) -> Result<String> {
+    let mut text = Vec::new();
+    for (value, gone, bulk) in [("map", &[MAP][..], DIRECT), ("map direct", &[MAP, DIRECT], COPY)] {
+        set(run, value)?;
+        std::thread::sleep(DRAIN);
+        let before = used(run)?;
+        std::thread::sleep(DWELL);
+        let after = used(run)?;
+        for path in gone {
+            let more = before.more(&after, path);
+            ensure!(more.packets == 0.0, "{} packets by {path}, which is withdrawn", more.packets);
+        }
+        let (direct, copy) = (before.more(&after, DIRECT), before.more(&after, COPY));
+        let most = if direct.bytes > copy.bytes { DIRECT } else { COPY };
+        ensure!(
+            most == bulk,
+            "without {value}, {} bytes by direct and {} by copy",
+            direct.bytes,
+            copy.bytes
+        );
+        let carried = before.more(&after, bulk);
+        text.push(format!("without {value}: {} packets by {bulk}", carried.packets));
+    }
+    let start = used(run)?;
+    set(run, "")?;
+    for path in [DIRECT, MAP] {
+        wait_for(run, RETURN, &format!("{path} to be used again"), |now| start.grew(now, path))?;
+    }
+    std::thread::sleep(DWELL);
+    Ok(text.join(", "))
+}
+
+const COPY: &str = "copy";
+const DIRECT: &str = "direct";
+const MAP: &str = "map";
+
+/// What datapaths have carried, in packets and bytes.
+#[derive(Clone, Copy, Default)]
+struct Carried {
+    packets: f64,
+    bytes: f64,
+}
+
+/// What each datapath has carried from the guests, all vifs together.
+struct Used(Vec<(String, Carried)>);
+
+impl Used {
+    /// Reads dom0's table of vifs: lines of vif, direction, datapath, packets, bytes, and more.
+    fn parse(lines: &[String]) -> Self {
+        let rows = lines.iter().filter_map(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let [_, "tx", path, packets, bytes, ..] = *words else { return None };
+            let carried = Carried { packets: packets.parse().ok()?, bytes: bytes.parse().ok()? };
+            Some((path.to_owned(), carried))
+        });
+        Self(rows.collect())
+    }
+
+    fn of(&self, path: &str) -> Carried {
+        let own = self.0.iter().filter(|(name, _)| name == path).map(|(_, carried)| carried);
+        own.fold(Carried::default(), |sum, one| Carried {
+            packets: sum.packets + one.packets,
+            bytes: sum.bytes + one.bytes,
+        })
+    }
+
+    fn more(&self, later: &Self, path: &str) -> Carried {
+        let (old, new) = (self.of(path), later.of(path));
+        Carried { packets: new.packets - old.packets, bytes: new.bytes - old.bytes }
+    }
+
+    fn grew(&self, later: &Self, path: &str) -> bool {
+        self.more(later, path).packets > 0.0
+    }
+}
+
+fn used(run: &Run) -> Result<Used> {
+    let lines = run.operate("vifs")?;
+    let used = Used::parse(&lines);
+    ensure!(!used.0.is_empty(), "dom0's vifs say nothing of datapaths: {}", lines.join("; "));
+    Ok(used)
+}
+
+fn wait_for(
+    run: &Run,
+    limit: Duration,
+    what: &str,
+    mut is: impl FnMut(&Used) -> bool,
+) -> Result<()> {
+    let end = run.age() + limit;
+    loop {
+        if is(&used(run)?) {
+            return Ok(());
+        }
+        ensure!(run.age() < end, "waited {} s for {what}", limit.as_secs());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Ends the stream: its worst and its mean second in Mbit/s, and what to say of it.
+fn stream(run: &Run, seconds: f64) -> Result<(f64, f64, String)> {
+    let answer = run.good(1, "bgend flow", 89)?;
+    let text = answer.text();
+    let (least, mean) = (answer.number("least")?, answer.number("mean")?);
+    ensure!(least > 0.0, "{text}");
+    ensure!(!text.contains("ended by itself"), "{text}");
+    let counted = answer.number("seconds")?;
+    ensure!(counted >= seconds.floor(), "it ran for {counted} of {seconds:.0} s: {text}");
+    Ok((least, mean, format!("{mean:.0} Mbit/s over {counted} s, at least {least:.0} in each")))
+}
+
+/// Ends the pattern: dom0 got all of it, and all was right.
+fn poured(run: &Run) -> Result<String> {
+    let answer = run.good(1, "bgend pour", 89)?;
+    let text = answer.text();
+    let (sent, bytes) = (answer.number("sent")?, answer.number("bytes")?);
+    ensure!(sent == bytes && sent > 0.0 && answer.number("wrong")? == 0.0, "{text}");
+    Ok(text)
+}
+
+/// Ends the datagrams. One may be lost in a full queue, which is counted; none comes twice, late or changed.
+fn datagrams(run: &Run) -> Result<String> {
+    let sent = run.good(1, "bgend datagrams", 89)?;
+    let got = run.good(2, "udone", 60)?;
+    let text = format!("{}; {}", sent.text(), got.text());
+    for what in ["corrupt", "duplicate", "reordered"] {
+        ensure!(got.number(what)? == 0.0, "{text}");
+    }
+    ensure!(got.number("got")? > 0.0, "{text}");
+    Ok(text)
+}
+
+/// Nothing was logged of vifs that end, nor any error or warning.
+fn untroubled(machine: &Machine, mark: usize) -> Result<String> {
+    let lines = machine.console.since(Source::Dom(0), mark);
+    let odd: Vec<_> = lines
+        .iter()
+        .map(|line| line.text.as_str())
+        .filter(|text| {
+            let troubles = [": disconnected", ": closed", ": refused", ": removed", "[ERROR]"];
+            troubles.iter().any(|trouble| text.contains(trouble)) || text.contains("[ WARN]")
+        })
+        .collect();
+    ensure!(odd.is_empty(), "{}", odd.join("; "));
+    Ok(format!("{} lines, none of trouble", lines.len()))
+}
