@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 
 use crossbeam_queue::ArrayQueue;
 use grant::Mapping;
-use hypercall::{Hypervisor, Instant};
+use hypercall::{DomId, Hypervisor, Instant};
 use netif::tx::{self, MAX_SLOTS};
 
 use crate::datapath::Datapath;
@@ -24,6 +24,8 @@ const MAX_OPEN: u16 = 2048;
 pub(crate) struct Origin {
     pub(crate) port: PortId,
     pub(crate) queue: u16,
+    /// Which connection of the vif.
+    pub(crate) life: u32,
 }
 
 /// Names a chain in the table; one that has ended never names another.
@@ -37,6 +39,7 @@ struct TakenId {
 #[derive(Debug)]
 pub(crate) struct Open {
     pub(crate) origin: Origin,
+    pub(crate) domain: DomId,
     pub(crate) chain: tx::Packet,
 }
 
@@ -87,6 +90,8 @@ pub(crate) struct Pages<H: Hypervisor> {
     pub(crate) pages: heapless::Vec<LentPage<H>, MAX_SLOTS>,
     pub(crate) path: Datapath,
     pub(crate) since: Instant,
+    /// Whose they are.
+    pub(crate) origin: Option<Origin>,
     pub(crate) token: Option<Token<H>>,
 }
 
@@ -132,6 +137,7 @@ impl<H: Hypervisor> Table<H> {
                 pages: heapless::Vec::new(),
                 path: Datapath::Map,
                 since: Instant::default(),
+                origin: None,
                 token: None,
             })
         });
@@ -231,7 +237,6 @@ impl<H: Hypervisor> Table<H> {
 
 #[cfg(test)]
 mod tests {
-    use hypercall::DomId;
     use netif::slot::{TxFlags, TxId, TxRequest};
     use netif::tx::{Verdict, assemble};
     use sim::SimHv;
@@ -240,7 +245,7 @@ mod tests {
 
     fn open(port: u16) -> Open {
         let request = TxRequest {
-            gref: hypercall::GrantRef(DomId(9).0.into()),
+            gref: hypercall::GrantRef(9),
             offset: 0,
             flags: TxFlags::empty(),
             id: TxId(port),
@@ -249,7 +254,7 @@ mod tests {
         let Ok(Some(Verdict::Packet(chain))) = assemble(&mut [request].into_iter()) else {
             panic!("a packet")
         };
-        Open { origin: Origin { port: PortId(port), queue: 0 }, chain }
+        Open { origin: Origin { port: PortId(port), queue: 0, life: 0 }, domain: DomId(9), chain }
     }
 
     #[test]

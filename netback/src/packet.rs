@@ -6,6 +6,7 @@ use core::num::NonZeroUsize;
 use grant::{Frame, FramePool, SharedMemory};
 use hypercall::{Hypervisor, Instant, PAGE_SIZE};
 use netif::offload::{Checksum, Gso};
+use netif::tx::PacketHash;
 
 use crate::datapath::Datapath;
 use crate::dma::{DmaPiece, DmaRule};
@@ -45,6 +46,8 @@ pub struct Packet<H: Hypervisor> {
     pub checksum: Checksum,
     /// Whether and how it is to be segmented.
     pub gso: Option<Gso>,
+    /// Its hash, where the frontend that gets it asked for one.
+    pub hash: Option<PacketHash>,
     /// Its flow.
     pub flow: Flow,
     /// When it came.
@@ -225,6 +228,7 @@ impl<H: Hypervisor> Pools<H> {
             path: Datapath::Copy,
             checksum: Checksum::default(),
             gso: None,
+            hash: None,
             flow: Flow::default(),
             arrived: now,
         })

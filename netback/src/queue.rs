@@ -1,20 +1,19 @@
 //! A queue: both rings and their event channels. Each is independent of all others.
 
-use alloc::vec::Vec;
-
 use evtchn::{Binder, Channel, Eoi, Work};
 use grant::{MapRequest, Mapper, Mapping};
-use hypercall::{DomId, GrantRef, Hypervisor, Instant, Port};
+use hypercall::{DomId, GrantRef, Hypervisor, Instant, PageOffset, Port};
 use netif::keys;
 use netif::ring::{Notify, RxBackRing, TxBackRing};
 
 use crate::counters::Counters;
 use crate::fault::{Refusal, VifFault};
+use crate::lent::Origin;
+use crate::multicast::Filter;
 use crate::negotiate::{Ports, QueueRequest};
-use crate::packet::{Flow, Packet, Pools};
 use crate::rate::{Credit, RateLimit};
 use crate::rx::RxQueue;
-use crate::tx::{TxQueue, TxWait};
+use crate::tx::{BATCH, Statics, Take, TxQueue, TxWait};
 
 enum Channels<H: Hypervisor> {
     Shared(Channel<H>),
@@ -29,8 +28,8 @@ struct Events {
 }
 
 pub(crate) struct Queue<H: Hypervisor> {
-    tx: TxQueue<H>,
-    rx: RxQueue<H>,
+    pub(crate) tx: TxQueue<H>,
+    pub(crate) rx: RxQueue<H>,
     channels: Channels<H>,
     events: Events,
     /// Whether packets were carried since the last event ended. Not since this one came: work is often done before the
@@ -40,6 +39,8 @@ pub(crate) struct Queue<H: Hypervisor> {
     tx_ready: bool,
     /// When to look again though nobody notified.
     again: Option<Instant>,
+    /// Packets that may still be taken in this poll.
+    budget: usize,
 }
 
 /// What connecting a queue takes.
@@ -48,6 +49,7 @@ pub(crate) struct Connector<'a, H: Hypervisor> {
     pub(crate) binder: &'a Binder<H>,
     pub(crate) domain: DomId,
     pub(crate) rate: RateLimit,
+    pub(crate) headroom: PageOffset,
     pub(crate) now: Instant,
 }
 
@@ -63,7 +65,11 @@ impl<H: Hypervisor> Connector<'_, H> {
     }
 
     /// Maps the rings and binds the ports; what was done is undone where the rest fails.
-    pub(crate) fn connect(&self, flow: Flow, request: &QueueRequest) -> Result<Queue<H>, Refusal> {
+    pub(crate) fn connect(
+        &self,
+        origin: Origin,
+        request: &QueueRequest,
+    ) -> Result<Queue<H>, Refusal> {
         let ring_fault = |key, fault| Refusal::Ring { key, fault };
         let tx = TxBackRing::attach(self.map(request.tx_ring, keys::TX_RING_REF)?)
             .map_err(|(fault, _)| ring_fault(keys::TX_RING_REF, fault))?;
@@ -77,14 +83,15 @@ impl<H: Hypervisor> Connector<'_, H> {
             },
         };
         Ok(Queue {
-            tx: TxQueue::new(self.domain, flow, tx, Credit::new(self.rate, self.now)),
-            rx: RxQueue::new(self.domain, rx),
+            tx: TxQueue::new(self.domain, origin, tx, Credit::new(self.rate, self.now)),
+            rx: RxQueue::new(self.domain, rx, self.headroom),
             channels,
             events: Events::default(),
             worked: Events::default(),
             // The frontend may have sent before we came, and does not say so again.
             tx_ready: true,
             again: None,
+            budget: 0,
         })
     }
 }
@@ -104,6 +111,9 @@ impl<H: Hypervisor> Queue<H> {
             rx: self.rx.counters,
             tx_drops: self.tx.drops,
             rx_drops: self.rx.drops,
+            tx_paths: self.tx.paths,
+            rx_paths: self.rx.paths,
+            fallbacks: self.tx.fallbacks,
         }
     }
 
@@ -122,31 +132,38 @@ impl<H: Hypervisor> Queue<H> {
         self.tx_ready = true;
     }
 
-    /// Whether [`poll_tx`](Self::poll_tx) has something to do.
+    /// Whether there may be packets to take.
     pub(crate) fn has_tx(&self) -> bool {
         self.tx_ready
     }
 
-    /// Whether [`poll_rx`](Self::poll_rx) may have something to do.
-    pub(crate) fn has_rx(&self) -> bool {
-        self.rx.is_waiting()
+    /// Whether there may be packets to take, and as many as a poll may take were taken.
+    pub(crate) fn has_more(&self) -> bool {
+        self.tx_ready && self.budget == 0
     }
 
-    /// Takes packets from the guest.
-    pub(crate) fn poll_tx(
+    /// A poll begins.
+    pub(crate) fn begin(&mut self, tick: bool, now: Instant) {
+        self.budget = BATCH;
+        self.tx_ready |= tick;
+        if self.again.is_some_and(|at| at <= now) {
+            self.again = None;
+            self.tx_ready = true;
+        }
+    }
+
+    /// Takes packets from the guest into the batch.
+    pub(crate) fn gather_tx(
         &mut self,
-        hv: &H,
-        pools: &Pools<H>,
-        now: Instant,
-        budget: usize,
-        out: &mut Vec<Packet<H>>,
+        take: &mut Take<'_, H>,
+        statics: &impl Statics<H>,
+        filter: Option<&mut Filter>,
     ) -> Result<(), VifFault> {
-        let before = self.tx.counters.publishes;
-        let (wait, notify) = self.tx.poll(hv, pools, now, budget, out)?;
-        // Requests that were answered, if only to be dropped: the event announced something.
-        self.worked.tx |= self.tx.counters.publishes != before;
+        if !self.tx_ready || self.budget == 0 {
+            return Ok(());
+        }
         self.again = None;
-        match wait {
+        match self.tx.gather(take, statics, filter, &mut self.budget)? {
             TxWait::Guest => self.tx_ready = false,
             TxWait::Until(until) => {
                 self.tx_ready = false;
@@ -154,38 +171,35 @@ impl<H: Hypervisor> Queue<H> {
             }
             TxWait::Budget | TxWait::Buffers => {}
         }
-        self.notify_tx(notify);
         Ok(())
     }
 
-    /// Puts a packet in the queue to the guest; `free` is how many buffers of its size are not in use.
-    pub(crate) fn enqueue(&mut self, packet: Packet<H>, free: usize) {
-        self.rx.enqueue(packet, free);
-    }
-
-    /// Gives packets to the guest.
-    pub(crate) fn poll_rx(&mut self, hv: &H, now: Instant) -> Result<(), VifFault> {
-        let before = self.rx.counters.packets;
-        let notify = self.rx.poll(hv, now)?;
-        self.worked.rx |= self.rx.counters.packets != before;
-        if notify == Notify::Needed {
-            self.rx.counters.notifications += 1;
-            let channel = match &self.channels {
-                Channels::Shared(channel) | Channels::Split { rx: channel, .. } => channel,
-            };
-            // A peer whose end is gone is seen by its state in the store.
-            let _ = channel.notify();
-        }
-        Ok(())
-    }
-
-    fn notify_tx(&mut self, notify: Notify) {
-        if notify == Notify::Needed {
-            self.tx.counters.notifications += 1;
-            let channel = match &self.channels {
-                Channels::Shared(channel) | Channels::Split { tx: channel, .. } => channel,
-            };
-            let _ = channel.notify();
+    /// Shows the guest all that was done since the last time, each ring once, and notifies it of both at once where
+    /// they share a channel.
+    pub(crate) fn publish(&mut self) {
+        let (tx, rx) = (self.tx.publish(), self.rx.publish());
+        // Requests that were answered, if only to be dropped: the event announced something.
+        self.worked.tx |= tx.is_some();
+        self.worked.rx |= rx.is_some();
+        let (tx, rx) = (tx == Some(Notify::Needed), rx == Some(Notify::Needed));
+        self.tx.counters.notifications += u64::from(tx);
+        // A peer whose end is gone is seen by its state in the store.
+        match &self.channels {
+            Channels::Shared(both) => {
+                self.rx.counters.notifications += u64::from(rx && !tx);
+                if tx || rx {
+                    let _ = both.notify();
+                }
+            }
+            Channels::Split { tx: tx_channel, rx: rx_channel } => {
+                self.rx.counters.notifications += u64::from(rx);
+                if tx {
+                    let _ = tx_channel.notify();
+                }
+                if rx {
+                    let _ = rx_channel.notify();
+                }
+            }
         }
     }
 
@@ -230,14 +244,6 @@ impl<H: Hypervisor> Queue<H> {
             Channels::Split { tx, rx } => [tx.throttled_until(), rx.throttled_until()],
         };
         channels.into_iter().chain([self.again, self.rx.expiry()]).flatten().min()
-    }
-
-    /// Takes up a wait that is over.
-    pub(crate) fn wake_if_due(&mut self, now: Instant) {
-        if self.again.is_some_and(|at| at <= now) {
-            self.again = None;
-            self.tx_ready = true;
-        }
     }
 
     /// Lets go of ports and rings; what was not delivered is dropped.

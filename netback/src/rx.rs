@@ -3,21 +3,22 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use grant::{CopyOps, CopyRange, Mapping, PeerSpan};
-use hypercall::{DomId, Hypervisor, Instant, PageOffset};
+use grant::{CopyBatch, CopyRange, CopyResults, Mapping, PeerSpan, SharedMemory};
+use hypercall::{DomId, Errno, GrantRef, Hypervisor, Instant, PageOffset};
 use netif::ring::{Notify, RxBackRing};
 use netif::rx::{RxPacket, failed};
 use netif::slot::RxRequest;
 use netif::tx::MAX_SLOTS;
 
-use crate::counters::{Direction, Drops};
+use crate::counters::{Direction, Drops, Paths};
+use crate::datapath::{Datapath, Datapaths};
 use crate::fault::{Refusals, VifFault};
-use crate::packet::Packet;
+use crate::lent::{Open, Table};
+use crate::packet::{Packet, Rest};
+use crate::tx::{Statics, rest_of};
 
 /// Packets per hypercall at most.
 const BATCH: usize = 128;
-/// Copies per hypercall at most.
-const COPIES: usize = 512;
 /// Requests that one packet can take: its data, and a slot for each kind of extra.
 const MAX_REQUESTS: usize = MAX_SLOTS + 3;
 /// Packets that may wait.
@@ -30,6 +31,16 @@ struct InFlight<H: Hypervisor> {
     shape: RxPacket,
     requests: heapless::Vec<RxRequest, MAX_REQUESTS>,
     copies: CopyRange,
+    path: Datapath,
+}
+
+/// A packet that went from guest to guest by reference: its sender is to be answered.
+pub(crate) struct Relayed {
+    pub(crate) open: Open,
+    pub(crate) len: usize,
+    pub(crate) copies: usize,
+    /// It did not arrive: one of the two has granted what cannot be copied.
+    pub(crate) failed: bool,
 }
 
 /// One queue's way to the guest.
@@ -39,30 +50,65 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     waiting: VecDeque<Packet<H>>,
     /// How many of them are in large buffers.
     waiting_large: usize,
-    ops: CopyOps,
+    /// Requests that those which wait will take, and those that are about to.
+    promised: usize,
+    headroom: PageOffset,
     batch: Vec<InFlight<H>>,
     refusals: Refusals,
+    answered: bool,
     pub(crate) counters: Direction,
     pub(crate) drops: Drops,
+    pub(crate) paths: Paths,
 }
 
 impl<H: Hypervisor> RxQueue<H> {
-    pub(crate) fn new(domain: DomId, ring: RxBackRing<Mapping<H>>) -> Self {
+    pub(crate) fn new(domain: DomId, ring: RxBackRing<Mapping<H>>, headroom: PageOffset) -> Self {
         Self {
             domain,
             ring,
             waiting: VecDeque::with_capacity(QUEUE_PACKETS),
             waiting_large: 0,
-            ops: CopyOps::new(COPIES),
+            promised: 0,
+            headroom,
             batch: Vec::with_capacity(BATCH),
             refusals: Refusals::default(),
+            answered: false,
             counters: Direction::default(),
             drops: Drops::default(),
+            paths: Paths::default(),
         }
     }
 
     pub(crate) fn into_mapping(self) -> Mapping<H> {
         self.ring.into_inner()
+    }
+
+    /// Bytes that the guest wants free at the start of each page, from now on.
+    pub(crate) fn set_headroom(&mut self, headroom: PageOffset) {
+        self.headroom = headroom;
+    }
+
+    fn shape(&self, packet: &Packet<H>) -> RxPacket {
+        RxPacket {
+            len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
+            headroom: self.headroom,
+            checksum: packet.checksum,
+            gso: packet.gso,
+            hash: packet.hash,
+        }
+    }
+
+    /// Forgets what was promised but for packets that wait.
+    pub(crate) fn count_waiting(&mut self) {
+        self.promised = self.waiting.iter().map(|packet| self.shape(packet).slots()).sum();
+    }
+
+    /// Whether the guest has pages for one more packet, behind all that wait and all that this was asked for; they count
+    /// as taken.
+    pub(crate) fn promise(&mut self, packet: &Packet<H>) -> Result<bool, VifFault> {
+        self.promised += self.shape(packet).slots();
+        let posted = usize::try_from(self.ring.poll()?).unwrap_or(0);
+        Ok(self.promised <= posted)
     }
 
     /// Puts a packet in the queue, or drops it if the queue is full. A queue may hold no more buffers of a size than are
@@ -90,104 +136,210 @@ impl<H: Hypervisor> RxQueue<H> {
         !self.waiting.is_empty()
     }
 
+    /// Whether packets were taken from the queue that are not settled.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
     /// When the oldest packet is given up.
     pub(crate) fn expiry(&self) -> Option<Instant> {
         self.waiting.front().map(|packet| packet.arrived.after(EXPIRY))
     }
 
-    /// Delivers what the guest has pages for. The rest waits: the guest is asked to notify when it has posted enough.
-    pub(crate) fn poll(&mut self, hv: &H, now: Instant) -> Result<Notify, VifFault> {
-        let mut answered = false;
-        loop {
-            self.expire(now);
-            let Some(front) = self.waiting.front() else { break };
-            let needed = u32::try_from(shape(front).slots()).unwrap_or(u32::MAX);
-            if !self.ring.arm_for(needed)? {
-                break;
-            }
-            self.gather();
-            self.copy(hv)?;
-            answered = true;
-        }
-        if !answered {
-            return Ok(Notify::NotNeeded);
-        }
-        self.counters.publishes += 1;
-        Ok(self.ring.publish())
+    /// Shows the guest what was delivered, if anything was.
+    pub(crate) fn publish(&mut self) -> Option<Notify> {
+        core::mem::take(&mut self.answered).then(|| {
+            self.counters.publishes += 1;
+            self.ring.publish()
+        })
     }
 
-    fn expire(&mut self, now: Instant) {
+    /// Matches what waits with what the guest has posted; `room` is the copies that the batch has room for. The rest waits:
+    /// the guest is asked to notify when it has posted enough.
+    pub(crate) fn gather(
+        &mut self,
+        table: &Table<H>,
+        now: Instant,
+        room: &mut usize,
+    ) -> Result<(), VifFault> {
         while self.expiry().is_some_and(|at| at <= now) {
             self.drops.expired += u64::from(self.dequeue().is_some());
         }
-    }
-
-    fn gather(&mut self) {
-        let mut copies = 0;
-        while self.batch.len() < BATCH {
-            let Some(front) = self.waiting.front() else { break };
-            let shape = shape(front);
-            let slots = shape.slots();
-            let room = usize::try_from(self.ring.available()).unwrap_or(0);
-            // Our buffers begin at a page boundary, as do the guest's: a copy per slot.
-            if slots > room || copies + slots > COPIES {
-                break;
-            }
-            let Some(packet) = self.dequeue() else { break };
+        while let Some(front) = self.waiting.front() {
+            let shape = self.shape(front);
+            let (slots, open) = (shape.slots(), open_of(front, table));
             if slots > MAX_REQUESTS {
-                self.drops.too_big += 1;
+                self.drops.too_big += u64::from(self.dequeue().is_some());
                 continue;
             }
-            copies += slots;
+            // Our buffers begin at a page boundary; without headroom, as are the guest's: a copy per slot.
+            let copies = match open {
+                None => slots + 16,
+                Some(open) => slots + open.chain.slots.len() + 1,
+            };
+            if self.batch.len() >= BATCH || copies > *room {
+                break;
+            }
+            if !self.ring.arm_for(u32::try_from(slots).unwrap_or(u32::MAX))? {
+                break;
+            }
+            let gone = open.is_none() && matches!(front.rest, Rest::Taken(_));
+            let Some(packet) = self.dequeue() else { break };
+            if gone {
+                // Its sender's rings are, and its pages with them.
+                self.drops.unreachable += 1;
+                continue;
+            }
+            *room -= copies;
             let requests = self.ring.requests().take(slots).collect();
-            self.batch.push(InFlight { packet, shape, requests, copies: CopyRange::default() });
+            let (copies, path) = (CopyRange::default(), Datapath::Copy);
+            self.batch.push(InFlight { packet, shape, requests, copies, path });
         }
+        Ok(())
     }
 
-    fn copy(&mut self, hv: &H) -> Result<(), VifFault> {
-        let Self { domain, ring, ops, batch, refusals, counters, drops, .. } = self;
-        let mut copies = ops.begin();
-        for InFlight { packet, shape, requests, copies: range } in batch.iter_mut() {
+    /// Adds the copies of what was gathered; to pages that stay mapped is written at once.
+    pub(crate) fn add<'f>(
+        &'f mut self,
+        copies: &mut CopyBatch<'_, 'f>,
+        table: &Table<H>,
+        statics: &impl Statics<H>,
+        up: Datapaths,
+    ) -> Result<(), VifFault> {
+        let domain = self.domain;
+        for InFlight { packet, shape, requests, copies: range, path } in &mut self.batch {
+            let parts = (0..).zip(requests.iter()).filter_map(|(slot, request)| {
+                let part = shape.part(slot)?;
+                Some((PeerSpan { domain, gref: request.gref, offset: part.offset }, part.len))
+            });
+            if let Some(open) = open_of(packet, table) {
+                *path = Datapath::Direct;
+                *range = relay(copies, packet, open, parts)?;
+                continue;
+            }
+            let writable = |request: &RxRequest| statics.page(request.gref, true).is_some();
+            if up.contains(Datapaths::STATIC) && requests.iter().all(writable) {
+                *path = Datapath::Static;
+                let mut from = packet.bytes();
+                for (to, len) in parts {
+                    let Some((part, rest)) = from.split_at_checked(len.into()) else { break };
+                    from = rest;
+                    if let Some(page) = statics.page(to.gref, true) {
+                        page.write_bytes(to.offset.get().into(), part);
+                    }
+                }
+                continue;
+            }
             let mut from = packet.frame().span();
-            for (slot, request) in requests.iter().enumerate() {
-                let Some(part) = shape.part(slot) else { continue };
-                let (bytes, rest) = from.split_at(part.len.into());
+            for (to, len) in parts {
+                let (bytes, rest) = from.split_at(len.into());
                 from = rest;
-                let to = PeerSpan { domain: *domain, gref: request.gref, offset: part.offset };
                 *range = range.with(copies.deliver(bytes, to)?);
             }
         }
-        counters.hypercalls += 1;
-        counters.copies += copies.len() as u64;
-        let results = refusals.judge(copies.submit(hv))?;
-        for InFlight { packet, shape, requests, copies } in batch.drain(..) {
+        Ok(())
+    }
+
+    /// Tells the guest what arrived. What came from another guest by reference goes to `relayed`.
+    pub(crate) fn settle(
+        &mut self,
+        outcome: Result<CopyResults<'_>, Errno>,
+        table: &mut Table<H>,
+        relayed: &mut Vec<Relayed>,
+    ) -> Result<(), VifFault> {
+        for path in [Datapath::Copy, Datapath::Direct] {
+            let of_path = self.batch.iter().filter(|of| of.path == path);
+            let copies: usize = of_path.map(|of| of.copies.len()).sum();
+            self.paths.count(path, |counters| {
+                counters.hypercalls += u64::from(copies > 0);
+                counters.copies += copies as u64;
+            });
+        }
+        let results = self.refusals.judge(outcome)?;
+        self.answered |= !self.batch.is_empty();
+        let Self { ring, batch, counters, drops, paths, .. } = self;
+        for InFlight { packet, shape, requests, copies, path } in batch.drain(..) {
             let arrived = match results {
+                _ if path == Datapath::Static => true,
                 None => {
                     drops.hypercall += 1;
                     false
                 }
-                Some(results) => results.of(copies).inspect_err(|_| drops.grant += 1).is_ok(),
+                Some(results) => results.of(copies).is_ok(),
             };
             for (slot, request) in requests.iter().enumerate() {
                 let response = if arrived { shape.response(slot, request.id) } else { None };
                 ring.push(response.unwrap_or(failed(request.id)))?;
             }
+            let len = packet.len();
             if arrived {
                 counters.packets += 1;
-                counters.bytes += packet.len() as u64;
+                counters.bytes += len as u64;
                 counters.gso_packets += u64::from(packet.gso.is_some());
+                paths.count(path, |counters| {
+                    counters.packets += 1;
+                    counters.bytes += len as u64;
+                });
+            }
+            match packet.rest {
+                Rest::Taken(token) => {
+                    let Some(open) = table.take(token) else { continue };
+                    let copies = copies.len();
+                    relayed.push(Relayed { open, len, copies, failed: !arrived });
+                }
+                Rest::None | Rest::Lent(_) => drops.grant += u64::from(!arrived && results.is_some()),
             }
         }
         Ok(())
     }
 }
 
-fn shape<H: Hypervisor>(packet: &Packet<H>) -> RxPacket {
-    RxPacket {
-        len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
-        headroom: PageOffset::ZERO,
-        checksum: packet.checksum,
-        gso: packet.gso,
-        hash: None,
+/// The open chain that a packet's rest is in.
+fn open_of<'t, H: Hypervisor>(packet: &Packet<H>, table: &'t Table<H>) -> Option<&'t Open> {
+    match &packet.rest {
+        Rest::Taken(token) => table.get(token),
+        Rest::None | Rest::Lent(_) => None,
     }
+}
+
+/// Adds copies of a packet's own bytes, and behind them of its sender's, into the `parts` of another guest.
+fn relay<'f, H: Hypervisor>(
+    copies: &mut CopyBatch<'_, 'f>,
+    packet: &'f Packet<H>,
+    open: &Open,
+    parts: impl Iterator<Item = (PeerSpan, u16)>,
+) -> Result<CopyRange, VifFault> {
+    let mut range = CopyRange::default();
+    let private = packet.bytes().len();
+    let mut own = packet.frame().span().split_at(private).0;
+    let mut rest = rest_of(&open.chain, private);
+    let mut piece: Option<(GrantRef, PageOffset, u16)> = None;
+    for (mut to, mut left) in parts {
+        while left > 0 {
+            let step = if own.is_empty() {
+                let Some((gref, offset, len)) = piece.take().or_else(|| rest.next()) else { break };
+                let step = left.min(len);
+                range = range.with(copies.relay(PeerSpan { domain: open.domain, gref, offset }, to, step)?);
+                if let (Some(offset), Some(len @ 1..)) = (after(offset, step), len.checked_sub(step)) {
+                    piece = Some((gref, offset, len));
+                }
+                step
+            } else {
+                let (bytes, behind) = own.split_at(usize::from(left).min(own.len()));
+                let step = u16::try_from(bytes.len()).unwrap_or(left);
+                own = behind;
+                range = range.with(copies.deliver(bytes, to)?);
+                step
+            };
+            left -= step;
+            if let Some(offset) = after(to.offset, step) {
+                to.offset = offset;
+            }
+        }
+    }
+    Ok(range)
+}
+
+fn after(offset: PageOffset, step: u16) -> Option<PageOffset> {
+    PageOffset::new(offset.get().checked_add(step)?)
 }

@@ -65,7 +65,8 @@ pub(crate) struct Take<'a, H: Hypervisor> {
 
 /// Pages of the guest's that stay mapped.
 pub(crate) trait Statics<H: Hypervisor> {
-    fn page(&self, gref: GrantRef) -> Option<&Mapping<H>>;
+    /// The page of a reference, if it stays mapped, and for writing if that is needed.
+    fn page(&self, gref: GrantRef, writable: bool) -> Option<&Mapping<H>>;
 }
 
 /// One queue's way from the guest.
@@ -205,7 +206,7 @@ impl<H: Hypervisor> TxQueue<H> {
         statics: &impl Statics<H>,
     ) -> Option<TxWait> {
         let all_static = take.up.contains(Datapaths::STATIC)
-            && chain.slots.iter().all(|slot| statics.page(slot.gref).is_some());
+            && chain.slots.iter().all(|slot| statics.page(slot.gref, false).is_some());
         let look = match first_look(take.up, take.policy, chain.size, all_static) {
             Datapath::Direct if self.wanted_whole || take.openings == 0 => Datapath::Copy,
             look => look,
@@ -250,7 +251,7 @@ impl<H: Hypervisor> TxQueue<H> {
                 for slot in &chain.slots {
                     let Some((part, rest)) = to.split_at_mut_checked(slot.size.into()) else { break };
                     to = rest;
-                    if let Some(page) = statics.page(slot.gref) {
+                    if let Some(page) = statics.page(slot.gref, false) {
                         page.read_bytes(slot.offset.into(), part);
                     }
                 }
@@ -283,7 +284,7 @@ impl<H: Hypervisor> TxQueue<H> {
         }
         let mut batch = core::mem::take(&mut self.batch);
         let mut outcome = Ok(());
-        let mut later = false;
+        let mut later = 0;
         for InFlight { packet, chain, copies } in batch.drain(..) {
             // Static packets take no copies, and none of none has failed.
             let status = match results {
@@ -291,15 +292,15 @@ impl<H: Hypervisor> TxQueue<H> {
                 None => Ok(()),
                 Some(results) => results.of(copies),
             };
-            later |= status == Err(GrantStatus::EAGAIN) && self.tries_again(now);
-            if later {
+            if later > 0 || (status == Err(GrantStatus::EAGAIN) && self.tries_again(now)) {
                 // Those behind it wait with it: order matters more.
-                self.held.push_back(chain);
+                self.held.insert(later, chain);
+                later += 1;
             } else if outcome.is_ok() {
                 outcome = self.settle_one(packet, chain, status, results.is_none(), table, out);
             }
         }
-        if !later {
+        if later == 0 {
             self.again = None;
         }
         self.batch = batch;
@@ -344,7 +345,7 @@ impl<H: Hypervisor> TxQueue<H> {
             self.answer(chain.answers, TxStatus::OKAY)?;
         } else {
             let len = packet.len();
-            match table.insert(Open { origin: self.origin, chain }) {
+            match table.insert(Open { origin: self.origin, domain: self.domain, chain }) {
                 Ok(token) => packet.set_rest(len, Rest::Taken(token)),
                 Err(open) => {
                     self.drops.no_buffer += 1;
