@@ -11,6 +11,6 @@ mod table;
 
 pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan, copy_is_missing};
 pub use frame::{Frame, FramePool, Span, SpanMut};
-pub use map::{ForeignPage, MapError, MapRequest, Mapper, Mapping};
+pub use map::{ForeignPage, MapError, MapOps, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};
 pub use table::{GrantError, GrantTable, GrantedPage};

@@ -3,6 +3,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
+use core::slice;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use hypercall::abi::{GNTMAP_HOST_MAP, GNTMAP_READONLY, GrantMap, GrantUnmap};
@@ -56,6 +57,51 @@ pub struct MapRequest {
     pub read_only: bool,
 }
 
+impl MapRequest {
+    fn op(&self, window: &Window) -> GrantMap {
+        GrantMap {
+            host_addr: window.gfn().address(),
+            flags: GNTMAP_HOST_MAP | if self.read_only { GNTMAP_READONLY } else { 0 },
+            gref: self.gref,
+            dom: self.domain,
+            status: GrantStatus::UNTOUCHED,
+            handle: MapHandle::INVALID,
+            dev_bus_addr: 0,
+        }
+    }
+}
+
+/// Room for a batch of mappings, or of mappings to end, allocated once.
+pub struct MapOps<H: Hypervisor> {
+    capacity: usize,
+    maps: Vec<GrantMap>,
+    /// Where each request of a batch is to go; `None` where there was no space left.
+    windows: Vec<Option<Window>>,
+    unmaps: Vec<GrantUnmap>,
+    leaving: Vec<Mapping<H>>,
+}
+
+impl<H: Hypervisor> MapOps<H> {
+    /// Room for `capacity` operations in one hypercall (for one, if that is 0).
+    #[must_use]
+    pub fn new(capacity: usize) -> Self {
+        let capacity = capacity.max(1);
+        Self {
+            capacity,
+            maps: Vec::with_capacity(capacity),
+            windows: Vec::with_capacity(capacity),
+            unmaps: Vec::with_capacity(capacity),
+            leaving: Vec::with_capacity(capacity),
+        }
+    }
+}
+
+impl<H: Hypervisor> fmt::Debug for MapOps<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MapOps({})", self.capacity)
+    }
+}
+
 impl<H: Hypervisor> Mapper<H> {
     /// A mapper with no mappings.
     #[must_use]
@@ -68,90 +114,104 @@ impl<H: Hypervisor> Mapper<H> {
     /// # Errors
     /// As [`MapError`] says.
     pub fn map(&self, request: MapRequest) -> Result<Mapping<H>, MapError> {
-        let mut got = None;
-        self.map_batch(&[request], |result| got = Some(result));
-        got.unwrap_or(Err(MapError::Refused(GrantStatus::UNTOUCHED)))
+        let window = self.hv.window().ok_or(MapError::NoWindow)?;
+        let mut op = request.op(&window);
+        // SAFETY: the window was taken just now, so it is free.
+        let called = unsafe { self.hv.grant_map(slice::from_mut(&mut op)) };
+        self.mapped(window, &op, called)
     }
 
-    /// Maps several pages in one hypercall and hands each result to `each`, in order. A page that fails does not take
-    /// the others with it.
+    /// What came of an operation to map at `window`.
+    fn mapped(
+        &self,
+        window: Window,
+        op: &GrantMap,
+        called: Result<(), Errno>,
+    ) -> Result<Mapping<H>, MapError> {
+        // Where the call failed, what it had mapped by then is mapped.
+        if !op.status.is_ok() {
+            self.hv.release_window(window);
+            return Err(called.err().map_or(MapError::Refused(op.status), MapError::Call));
+        }
+        self.counts.live.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: Xen has mapped a page here, and it stays until `Mapping` is unmapped; nobody makes references to it,
+        // since only this pointer names it.
+        let page = unsafe { SharedPage::new(self.hv.mapped(&window)) };
+        let bus = BusAddr(op.dev_bus_addr);
+        Ok(Mapping { page, window: Some(window), handle: op.handle, bus, mapper: self.clone() })
+    }
+
+    /// Maps several pages in one hypercall (or one for each time that `ops` is full) and hands each result to `each`,
+    /// in order. A page that fails does not take the others with it.
     pub fn map_batch(
         &self,
-        requests: &[MapRequest],
+        ops: &mut MapOps<H>,
+        requests: impl IntoIterator<Item = MapRequest>,
         mut each: impl FnMut(Result<Mapping<H>, MapError>),
     ) {
-        let mut windows = Vec::with_capacity(requests.len());
-        let mut ops = Vec::with_capacity(requests.len());
-        for request in requests {
-            let window = self.hv.window();
-            if let Some(window) = &window {
-                ops.push(GrantMap {
-                    host_addr: window.gfn().address(),
-                    flags: GNTMAP_HOST_MAP | if request.read_only { GNTMAP_READONLY } else { 0 },
-                    gref: request.gref,
-                    dom: request.domain,
-                    status: GrantStatus::UNTOUCHED,
-                    handle: MapHandle::INVALID,
-                    dev_bus_addr: 0,
-                });
+        let mut requests = requests.into_iter();
+        loop {
+            ops.maps.clear();
+            for request in requests.by_ref().take(ops.capacity) {
+                let window = self.hv.window();
+                ops.maps.extend(window.as_ref().map(|window| request.op(window)));
+                ops.windows.push(window);
             }
-            windows.push(window);
-        }
-        let called = if ops.is_empty() {
-            Ok(())
-        } else {
-            // SAFETY: every address is that of a window taken just now, which is therefore free.
-            unsafe { self.hv.grant_map(&mut ops) }
-        };
-        let mut ops = ops.into_iter();
-        for window in windows {
-            let Some(window) = window else {
-                each(Err(MapError::NoWindow));
-                continue;
+            if ops.windows.is_empty() {
+                return;
+            }
+            let called = if ops.maps.is_empty() {
+                Ok(())
+            } else {
+                // SAFETY: every address is that of a window taken just now, which is therefore free.
+                unsafe { self.hv.grant_map(&mut ops.maps) }
             };
-            let op = ops.next();
-            let status = op.map_or(GrantStatus::UNTOUCHED, |op| op.status);
-            match (op, called) {
-                (Some(op), _) if status.is_ok() => {
-                    self.counts.live.fetch_add(1, Ordering::Relaxed);
-                    // SAFETY: Xen has mapped a page here, and it stays until `Mapping` is unmapped; nobody makes
-                    // references to it, since only this pointer names it.
-                    let page = unsafe { SharedPage::new(self.hv.mapped(&window)) };
-                    each(Ok(Mapping {
-                        page,
-                        window: Some(window),
-                        handle: op.handle,
-                        bus: BusAddr(op.dev_bus_addr),
-                        mapper: self.clone(),
-                    }));
-                }
-                (_, Err(errno)) => {
-                    self.hv.release_window(window);
-                    each(Err(MapError::Call(errno)));
-                }
-                (_, Ok(())) => {
-                    self.hv.release_window(window);
-                    each(Err(MapError::Refused(status)));
-                }
+            let mut done = ops.maps.iter();
+            for window in ops.windows.drain(..) {
+                let mapped = window.and_then(|window| Some((window, done.next()?)));
+                each(match mapped {
+                    Some((window, op)) => self.mapped(window, op, called),
+                    None => Err(MapError::NoWindow),
+                });
             }
         }
     }
 
-    /// Unmaps several pages in one hypercall. What Xen will not unmap is parked: its space is never used again.
-    /// Answers how many were.
-    pub fn unmap_batch(&self, mappings: impl IntoIterator<Item = Mapping<H>>) -> usize {
-        let mut mappings: Vec<_> = mappings.into_iter().collect();
-        let mut ops: Vec<_> = mappings.iter().filter_map(Mapping::unmap_op).collect();
-        if !ops.is_empty() {
+    /// Unmaps several pages as [`unmap_each`](Self::unmap_each) does; answers how many were parked.
+    pub fn unmap_batch(
+        &self,
+        ops: &mut MapOps<H>,
+        mappings: impl IntoIterator<Item = Mapping<H>>,
+    ) -> usize {
+        let mut parked = 0;
+        self.unmap_each(ops, mappings, |unmapped| parked += usize::from(unmapped.is_err()));
+        parked
+    }
+
+    /// Unmaps several pages in one hypercall (or one for each time that `ops` is full) and tells `each`, in order, of
+    /// each mapping whether it is gone. What Xen will not unmap is parked: its space is never used again.
+    pub fn unmap_each(
+        &self,
+        ops: &mut MapOps<H>,
+        mappings: impl IntoIterator<Item = Mapping<H>>,
+        mut each: impl FnMut(Result<(), GrantStatus>),
+    ) {
+        let mut mappings = mappings.into_iter();
+        loop {
+            ops.unmaps.clear();
+            ops.leaving.extend(mappings.by_ref().take(ops.capacity));
+            if ops.leaving.is_empty() {
+                return;
+            }
+            ops.unmaps.extend(ops.leaving.iter().filter_map(Mapping::unmap_op));
             // SAFETY: each `Mapping` was given up to us, so nobody uses its page. Where the call fails the statuses
             // stay as they are, untouched, and that parks the lot.
-            let _ = unsafe { self.hv.grant_unmap(&mut ops) };
+            let _ = unsafe { self.hv.grant_unmap(&mut ops.unmaps) };
+            // Whoever gives a mapping up has not unmapped it yet, so there is an operation for each.
+            for (mut mapping, op) in ops.leaving.drain(..).zip(&ops.unmaps) {
+                each(mapping.finish(op.status));
+            }
         }
-        mappings
-            .iter_mut()
-            .zip(ops)
-            .map(|(mapping, op)| usize::from(!mapping.finish(op.status)))
-            .sum()
     }
 
     /// Mappings that are in place.
@@ -213,18 +273,18 @@ impl<H: Hypervisor> Mapping<H> {
         })
     }
 
-    /// Settles the books after an attempt to unmap; says whether it worked.
-    fn finish(&mut self, status: GrantStatus) -> bool {
-        let Some(window) = self.window.take() else { return true };
+    /// Settles the books after an attempt to unmap; answers whether it worked.
+    fn finish(&mut self, status: GrantStatus) -> Result<(), GrantStatus> {
+        let Some(window) = self.window.take() else { return Ok(()) };
         self.mapper.counts.live.fetch_sub(1, Ordering::Relaxed);
         if status.is_ok() {
             self.mapper.hv.release_window(window);
-            return true;
+            return Ok(());
         }
         // Parked: the window is not given back, so nothing is ever mapped over what may still be there.
         self.mapper.counts.parked.fetch_add(1, Ordering::Relaxed);
         log::warn!("grant: cannot unmap {:?}: {status}; its space is lost", self.handle);
-        false
+        Err(status)
     }
 }
 
@@ -232,8 +292,9 @@ impl<H: Hypervisor> Drop for Mapping<H> {
     fn drop(&mut self) {
         let Some(mut op) = self.unmap_op() else { return };
         // SAFETY: we are the last to hold the mapping.
-        let _ = unsafe { self.mapper.hv.grant_unmap(core::slice::from_mut(&mut op)) };
-        self.finish(op.status);
+        let _ = unsafe { self.mapper.hv.grant_unmap(slice::from_mut(&mut op)) };
+        // Counted and logged there.
+        let _ = self.finish(op.status);
     }
 }
 

@@ -5,7 +5,8 @@
 use std::sync::atomic::Ordering;
 
 use grant::{
-    ForeignPage, GrantTable, GrantedPage, MapError, MapRequest, Mapper, Mapping, SharedMemory,
+    ForeignPage, GrantTable, GrantedPage, MapError, MapOps, MapRequest, Mapper, Mapping,
+    SharedMemory,
 };
 use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, Toolstack};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, Ledger, Sim, SimHv};
@@ -42,8 +43,13 @@ impl World {
 
     fn map_all(&self, requests: &[MapRequest]) -> Vec<Result<Mapping<SimHv>, MapError>> {
         let mut results = Vec::new();
-        self.mapper.map_batch(requests, |result| results.push(result));
+        let mut ops = MapOps::new(requests.len());
+        self.mapper.map_batch(&mut ops, requests.iter().copied(), |result| results.push(result));
         results
+    }
+
+    fn unmap_all(&self, mappings: Vec<Mapping<SimHv>>) -> usize {
+        self.mapper.unmap_batch(&mut MapOps::new(mappings.len()), mappings)
     }
 
     fn assert_clean(&self) {
@@ -67,7 +73,7 @@ fn a_mapping_shows_the_granters_page_both_ways() {
         assert_eq!(w.sim.grant_users(w.guest.id(), page.gref()), 1);
     }
     let before = w.backend.hypercalls();
-    assert_eq!(w.mapper.unmap_batch(mappings), 0);
+    assert_eq!(w.unmap_all(mappings), 0);
     let asked = w.backend.hypercalls() - before;
     assert_eq!((asked.calls(Kind::Unmap), asked.ops(Kind::Unmap)), (1, 3));
     w.assert_clean();
@@ -126,7 +132,7 @@ fn what_cannot_be_unmapped_is_parked_with_its_window() {
     let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
     let fault = Fault::Status(GrantStatus::GENERAL_ERROR);
     w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Unmap, 1, fault));
-    assert_eq!(w.mapper.unmap_batch(mappings), 1);
+    assert_eq!(w.unmap_all(mappings), 1);
     assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 1));
     let requests = w.requests();
     let one = w.mapper.map(requests[0]).unwrap();
@@ -144,7 +150,7 @@ fn an_unmap_that_fails_half_way_parks_only_the_rest() {
     let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
     let fault = Fault::Partial(2, Errno::FAULT);
     w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, fault));
-    assert_eq!(w.mapper.unmap_batch(mappings), 1);
+    assert_eq!(w.unmap_all(mappings), 1);
     assert_eq!(w.sim.ledger().mappings().len(), 1);
     assert_eq!(w.sim.violations(), Vec::<String>::new());
 }
@@ -203,5 +209,31 @@ fn a_foreign_page_is_the_other_domains() {
     w.sim.inject(w.backend.id(), FaultPlan::next(Kind::UnmapForeign, Fault::Errno(Errno::FAULT)));
     drop(page);
     assert_eq!(w.sim.ledger().mappings().len(), 1, "kept, and its window with it");
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn what_does_not_fit_one_call_takes_several() {
+    let w = world(5, DomainConfig { windows: 4, ..DomainConfig::dom0() });
+    let before = w.backend.hypercalls();
+    let mut ops = MapOps::new(2);
+    let mut mappings = Vec::new();
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Map, 1, Fault::Errno(Errno::FAULT)));
+    let mut failed = Vec::new();
+    w.mapper.map_batch(&mut ops, w.requests(), |result| match result {
+        Ok(mapping) => mappings.push(mapping),
+        Err(error) => failed.push(error),
+    });
+    assert_eq!(failed, [MapError::Call(Errno::FAULT); 2], "the second call's two");
+    assert_eq!(mappings.len(), 3);
+    let fault = Fault::Status(GrantStatus::GENERAL_ERROR);
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Unmap, 2, fault));
+    let mut ends = Vec::new();
+    w.mapper.unmap_each(&mut ops, mappings, |end| ends.push(end));
+    assert_eq!(ends, [Ok(()), Ok(()), Err(GrantStatus::GENERAL_ERROR)]);
+    let asked = w.backend.hypercalls() - before;
+    assert_eq!((asked.calls(Kind::Map), asked.ops(Kind::Map)), (3, 5));
+    assert_eq!((asked.calls(Kind::Unmap), asked.ops(Kind::Unmap)), (2, 3));
+    assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 1));
     assert_eq!(w.sim.violations(), Vec::<String>::new());
 }

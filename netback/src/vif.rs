@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use evtchn::Binder;
-use grant::Mapper;
+use grant::{MapOps, Mapper};
 use hypercall::{DomId, Handle, Hypervisor, Instant};
 use netif::keys::{self, Features};
 use netif::mac::MacAddr;
@@ -441,7 +441,9 @@ impl<H: Hypervisor> Vif<H> {
         }
         self.ended = self.counters();
         let Some(Draining { queues, after, .. }) = self.draining.take() else { return };
-        around.mapper.unmap_batch(queues.into_iter().flat_map(Queue::disconnect));
+        // Two rings a queue.
+        let mut ops = MapOps::new(queues.len() * 2);
+        around.mapper.unmap_batch(&mut ops, queues.into_iter().flat_map(Queue::disconnect));
         around.notices.push(Notice::Disconnected(self.id));
         self.step = Step::Idle;
         self.follow(after, around);

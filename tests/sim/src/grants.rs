@@ -12,7 +12,7 @@ use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, GrantTableSize, MapHan
 
 use crate::State;
 use crate::machine::{Machine, Mfn};
-use crate::memory::{Shown, ShownBy};
+use crate::memory::{Shown, ShownBy, Users};
 use crate::page::Page;
 
 /// `GTF_type_mask`, and `GTF_sub_page`, with which a page can be copied but not mapped.
@@ -73,7 +73,7 @@ pub(crate) struct Grants {
     handles: usize,
     max_mappings: usize,
     /// How many mappings there are of each page.
-    mapped: HashMap<Mfn, u32>,
+    mapped: HashMap<Mfn, Users>,
 }
 
 impl Grants {
@@ -170,12 +170,15 @@ impl Grants {
         self.free_handles.pop_front()
     }
 
-    fn forget(&mut self, mfn: Mfn) {
-        let Some(count) = self.mapped.get_mut(&mfn) else { return };
-        *count = count.saturating_sub(1);
-        if *count == 0 {
+    fn forget(&mut self, mfn: Mfn, read_only: bool) {
+        if self.mapped.get_mut(&mfn).is_some_and(|users| users.remove(read_only)) {
             self.mapped.remove(&mfn);
         }
+    }
+
+    /// How the domain has a page mapped, if it has (`grant_map_exists`).
+    pub(crate) fn mapped(&self, mfn: Mfn) -> Option<Users> {
+        self.mapped.get(&mfn).copied()
     }
 
     /// Mappings that the domain has.
@@ -403,7 +406,7 @@ impl State {
         if aliased {
             own.memory.enter_alias(mfn, read_only);
         }
-        *own.grants.mapped.entry(mfn).or_default() += 1;
+        own.grants.mapped.entry(mfn).or_default().add(read_only);
         let slot = own.grants.maptrack.get_mut(handle as usize);
         *slot.ok_or(GrantStatus::GENERAL_ERROR)? =
             Some(Tracked { of, gref, at, read_only, mfn, aliased });
@@ -438,7 +441,7 @@ impl State {
         if tracked.aliased {
             own.memory.leave_alias(tracked.mfn, tracked.read_only);
         }
-        own.grants.forget(tracked.mfn);
+        own.grants.forget(tracked.mfn, tracked.read_only);
         own.grants.free_handles.push_back(handle.0);
         self.machine.let_go(tracked.mfn);
         self.unpin(tracked.of, tracked.gref, tracked.read_only);
@@ -452,11 +455,5 @@ impl State {
         for handle in handles {
             self.drop_mapping(of, handle);
         }
-    }
-
-    /// Whether `by` has mapped the page by a grant (`grant_map_exists`).
-    pub(crate) fn has_mapped(&self, by: DomId, mfn: Mfn) -> bool {
-        let domain = self.domains.get(&by);
-        domain.is_some_and(|domain| domain.grants.mapped.contains_key(&mfn))
     }
 }

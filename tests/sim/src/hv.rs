@@ -15,7 +15,7 @@ use hypercall::{
 
 use crate::domain::Handle;
 use crate::faults::{Fault, Hypercalls, Kind};
-use crate::machine::Mfn;
+use crate::machine::{Maintenance, Mfn};
 use crate::memory::{Shown, ShownBy};
 use crate::{Shared, State, wake};
 
@@ -72,6 +72,42 @@ impl SimHv {
     /// domain, does at the worst moment.
     pub fn before(&self, kind: Kind, hook: impl Fn() + Send + Sync + 'static) {
         self.own.hook(kind, Arc::new(hook));
+    }
+
+    /// Writes to DRAM what the CPUs changed in `len` bytes at a guest-physical address of the domain's (`dc cvac`): its own
+    /// memory, a window, or an alias. `false`, and a violation, where nothing is: real hardware would raise an abort.
+    pub fn clean_cache(&self, address: u64, len: usize) -> bool {
+        self.maintain(address, len, Maintenance::Clean)
+    }
+
+    /// Has the CPUs see what is in DRAM for `len` bytes at a guest-physical address (`dc ivac`, which in a virtual machine writes
+    /// changed lines back first, as `dc civac` does). Otherwise as [`clean_cache`](Self::clean_cache).
+    pub fn invalidate_cache(&self, address: u64, len: usize) -> bool {
+        self.maintain(address, len, Maintenance::CleanInvalidate)
+    }
+
+    fn maintain(&self, address: u64, len: usize, what: Maintenance) -> bool {
+        let mut state = self.shared.lock();
+        let (mut at, end) = (address, address.saturating_add(len as u64));
+        let mut all = true;
+        while at < end {
+            let frame = Gfn::of_address(at);
+            let from = (at - frame.address()) as usize;
+            let to = PAGE_SIZE.min((end - frame.address()) as usize);
+            let domain = state.domains.get(&self.own.id);
+            match domain.and_then(|domain| domain.memory.lookup(frame)) {
+                Some((mfn, _)) => state.machine.maintain(mfn, from..to, what),
+                None => {
+                    all = false;
+                    let frame = frame.0;
+                    let what =
+                        format_args!("{what:?}s the cache at gfn {frame:#x}, where nothing is");
+                    state.violation(self.own.id, what);
+                }
+            }
+            at += (to - from) as u64;
+        }
+        all
     }
 
     fn enter(&self, kind: Kind, ops: usize) -> Result<Entered<'_>, Errno> {
@@ -202,8 +238,8 @@ unsafe impl Hypervisor for SimHv {
     }
 
     fn cache_flush(&self, ops: &mut [CacheFlush]) -> Result<(), Errno> {
-        let entered = self.enter(Kind::CacheFlush, ops.len())?;
-        let state = &entered.state;
+        let mut entered = self.enter(Kind::CacheFlush, ops.len())?;
+        let state = &mut *entered.state;
         if !state.domains.get(&self.own.id).is_some_and(|domain| domain.cache_flush) {
             return Err(Errno::NOSYS);
         }
@@ -219,9 +255,16 @@ unsafe impl Hypervisor for SimHv {
             }
             let mfn = Mfn::of_bus(BusAddr(op.dev_bus_addr));
             let owner = state.machine.owner(mfn).ok_or(Errno::INVAL)?;
-            if owner != self.own.id && !state.has_mapped(self.own.id, mfn) {
+            let own = state.domains.get(&self.own.id).ok_or(Errno::SRCH)?;
+            if owner != self.own.id && own.grants.mapped(mfn).is_none() {
                 return Err(Errno::INVAL);
             }
+            let what = match op.op {
+                GNTTAB_CACHE_CLEAN => Maintenance::Clean,
+                GNTTAB_CACHE_INVAL => Maintenance::Invalidate,
+                _ => Maintenance::CleanInvalidate,
+            };
+            state.machine.maintain(mfn, usize::from(op.offset)..end, what);
         }
         entered.fails.map_or(Ok(()), |(_, errno)| Err(errno))
     }
@@ -251,7 +294,7 @@ unsafe impl Hypervisor for SimHv {
             let state = &mut *guard;
             let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
             let Some(domain) = domain else { return };
-            domain.memory.free(&state.machine, pages, count)
+            domain.memory.free(&mut state.machine, pages, count)
         };
         if let Err(what) = freed {
             self.violation(format_args!("{what}"));

@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+mod cache;
+mod dma;
 mod domain;
 mod events;
 mod faults;
@@ -18,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hypercall::abi::{GrantEntryV1, hvm_param};
 use hypercall::{DomId, Gfn, GrantRef, Port, ShutdownReason, VcpuId, Virq};
 
+pub use dma::{DmaConfig, DmaCounts, DmaDevice, Iommu};
 pub use domain::DomainConfig;
 pub use events::PortState;
 pub use faults::{Fault, FaultPlan, Hypercalls, Kind};

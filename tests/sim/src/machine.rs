@@ -6,10 +6,12 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use hypercall::{BusAddr, DomId, Gfn, PAGE_SIZE};
 
+use crate::cache::Dram;
 use crate::page::Page;
 
 /// The first machine frame: no frame number is ever mistaken for a small integer.
@@ -42,6 +44,21 @@ struct MachinePage {
     gfn: Gfn,
     /// Mappings of it by anyone but its owner.
     uses: u32,
+    /// Its owner's kernel has it in its allocator.
+    free: bool,
+    /// What devices see that do not look into caches.
+    dram: Option<Box<Dram>>,
+}
+
+/// Cache maintenance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Maintenance {
+    /// What the CPUs changed goes to DRAM.
+    Clean,
+    /// Whole lines that the CPUs have are thrown away.
+    Invalidate,
+    /// One after the other.
+    CleanInvalidate,
 }
 
 /// Memory taken from the host at once.
@@ -113,7 +130,14 @@ impl Machine {
         for at in 0..count.get() {
             // SAFETY: so many pages are left in the chunk, and nobody has them yet.
             let page = unsafe { Page::new(base.base().add(at * PAGE_SIZE)) };
-            self.pages.push(Some(MachinePage { page, owner, gfn: Gfn::INVALID, uses: 0 }));
+            self.pages.push(Some(MachinePage {
+                page,
+                owner,
+                gfn: Gfn::INVALID,
+                uses: 0,
+                free: false,
+                dram: None,
+            }));
         }
         self.pages.push(None);
         self.left -= with_hole;
@@ -180,6 +204,62 @@ impl Machine {
             let pages = self.in_use.entry(owner).or_default();
             *pages = pages.saturating_sub(1);
         }
+    }
+
+    /// Its owner's kernel has put a page back into its allocator, or taken it out again. What devices see of it is nobody's any
+    /// more.
+    pub(crate) fn set_free(&mut self, mfn: Mfn, free: bool) {
+        if let Some(found) = self.get_mut(mfn) {
+            found.free = free;
+            found.dram = None;
+        }
+    }
+
+    pub(crate) fn is_free(&self, mfn: Mfn) -> bool {
+        self.get(mfn).is_some_and(|found| found.free)
+    }
+
+    /// Cache maintenance on a part of a page.
+    pub(crate) fn maintain(&mut self, mfn: Mfn, range: Range<usize>, what: Maintenance) {
+        let Some(found) = self.get_mut(mfn) else { return };
+        let dram = found.dram.get_or_insert_with(Dram::new);
+        match what {
+            Maintenance::Clean => dram.clean(found.page, range),
+            Maintenance::Invalidate => dram.invalidate(found.page, range, true),
+            Maintenance::CleanInvalidate => dram.invalidate(found.page, range, false),
+        }
+    }
+
+    /// A device reads from a page; answers how many lines were newer in the cache.
+    pub(crate) fn dma_read(
+        &mut self,
+        mfn: Mfn,
+        offset: usize,
+        to: &mut [u8],
+        coherent: bool,
+    ) -> u64 {
+        let Some(found) = self.get_mut(mfn) else { return 0 };
+        if coherent {
+            found.page.read(offset, to);
+            return 0;
+        }
+        found.dram.get_or_insert_with(Dram::new).read(found.page, offset, to)
+    }
+
+    /// A device writes to a page; answers how many dirty cache lines that touched.
+    pub(crate) fn dma_write(
+        &mut self,
+        mfn: Mfn,
+        offset: usize,
+        from: &[u8],
+        coherent: bool,
+    ) -> u64 {
+        let Some(found) = self.get_mut(mfn) else { return 0 };
+        if coherent {
+            found.page.write(offset, from);
+            return 0;
+        }
+        found.dram.get_or_insert_with(Dram::new).write(found.page, offset, from)
     }
 
     /// How many pages of `owner` others have mapped.

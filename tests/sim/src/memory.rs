@@ -49,11 +49,32 @@ pub enum P2mKind {
     Alias,
 }
 
-/// How many mappings entered an alias.
+/// How many mappings of a page there are.
 #[derive(Clone, Copy, Debug, Default)]
-struct Alias {
+pub(crate) struct Users {
     readers: u32,
     writers: u32,
+}
+
+impl Users {
+    pub(crate) fn is_writable(self) -> bool {
+        self.writers != 0
+    }
+
+    fn count(&mut self, read_only: bool) -> &mut u32 {
+        if read_only { &mut self.readers } else { &mut self.writers }
+    }
+
+    pub(crate) fn add(&mut self, read_only: bool) {
+        *self.count(read_only) += 1;
+    }
+
+    /// Says whether that was the last.
+    pub(crate) fn remove(&mut self, read_only: bool) -> bool {
+        let count = self.count(read_only);
+        *count = count.saturating_sub(1);
+        self.readers == 0 && self.writers == 0
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,7 +101,7 @@ pub(crate) struct Memory {
     windows: Vec<WindowSlot>,
     free_windows: VecDeque<usize>,
     /// Pages that are there at their machine frame number too.
-    aliases: HashMap<Mfn, Alias>,
+    aliases: HashMap<Mfn, Users>,
 }
 
 impl Memory {
@@ -125,7 +146,7 @@ impl Memory {
             Some(Shown { mfn, by: ShownBy::Foreign(..) }) => entry(mfn, true, P2mKind::Foreign),
             None => {
                 let alias = self.aliases.get(&Mfn(gfn.0))?;
-                entry(Mfn(gfn.0), alias.writers != 0, P2mKind::Alias)
+                entry(Mfn(gfn.0), alias.is_writable(), P2mKind::Alias)
             }
         }
     }
@@ -137,23 +158,19 @@ impl Memory {
 
     /// A mapping enters the page at its machine frame number as well.
     pub(crate) fn enter_alias(&mut self, mfn: Mfn, read_only: bool) {
-        let alias = self.aliases.entry(mfn).or_default();
-        *(if read_only { &mut alias.readers } else { &mut alias.writers }) += 1;
+        self.aliases.entry(mfn).or_default().add(read_only);
     }
 
     /// A mapping that had entered an alias goes.
     pub(crate) fn leave_alias(&mut self, mfn: Mfn, read_only: bool) {
-        let Some(alias) = self.aliases.get_mut(&mfn) else { return };
-        let count = if read_only { &mut alias.readers } else { &mut alias.writers };
-        *count = count.saturating_sub(1);
-        if alias.readers == 0 && alias.writers == 0 {
+        if self.aliases.get_mut(&mfn).is_some_and(|alias| alias.remove(read_only)) {
             self.aliases.remove(&mfn);
         }
     }
 
     /// Aliases there are, and whether each is for reading only.
     pub(crate) fn aliases(&self) -> impl Iterator<Item = (Mfn, bool)> {
-        self.aliases.iter().map(|(mfn, alias)| (*mfn, alias.writers == 0))
+        self.aliases.iter().map(|(mfn, alias)| (*mfn, !alias.is_writable()))
     }
 
     /// Pages it has.
@@ -174,7 +191,9 @@ impl Memory {
     ) -> Option<NonNull<u8>> {
         if let Some(gfn) = self.free.get_mut(&count).and_then(VecDeque::pop_front) {
             for at in 0..count.get() {
-                machine.page(self.translate(Gfn(gfn.0 + at as u64))?)?.fill(0);
+                let mfn = self.translate(Gfn(gfn.0 + at as u64))?;
+                machine.set_free(mfn, false);
+                machine.page(mfn)?.fill(0);
             }
             self.blocks.insert(gfn, count);
             return Some(machine.page(self.translate(gfn)?)?.base());
@@ -201,7 +220,7 @@ impl Memory {
     /// Takes a block back; says what was wrong with that, if anything was.
     pub(crate) fn free(
         &mut self,
-        machine: &Machine,
+        machine: &mut Machine,
         base: NonNull<u8>,
         count: NonZeroUsize,
     ) -> Result<(), String> {
@@ -221,6 +240,7 @@ impl Memory {
             if machine.uses(mfn) != 0 {
                 wrong = Err(format!("frees gfn {:#x} while another domain has it mapped", gfn.0));
             }
+            machine.set_free(mfn, true);
             if let Some(page) = machine.page(mfn) {
                 page.fill(POISON);
             }
