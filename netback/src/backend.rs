@@ -8,31 +8,35 @@ use core::fmt;
 use core::num::NonZeroUsize;
 
 use evtchn::Binder;
-use grant::Mapper;
-use hypercall::{DomId, Handle, Hypervisor, Instant, Port};
-use netif::keys::Features;
+use features::Features;
+use grant::{CopyOps, MapOps, Mapper};
+use hypercall::{DomId, Errno, Handle, Hypervisor, Instant, Port};
+use netif::keys;
 use netif::mac::MacAddr;
 use xenbus::client::{Client, Event, JobId, Outcome, WatchId};
 use xenbus::device::{State, parse_u32};
 
 use crate::counters::Counters;
-use crate::deliver::{Fit, fit};
+use crate::datapath::{Datapaths, Facts, Modes, Policy, Withdrawal, possible};
+use crate::dma::{self, DmaRule};
+use crate::lent::Table;
 use crate::negotiate::MAX_QUEUES;
 use crate::packet::{Packet, Pools};
 use crate::queue::Queue;
-use crate::switch::{Destination, Learned, PortId, Seed, Switch, SwitchLimits};
+use crate::round::{COPIES, Scratch};
+use crate::switch::{PortId, Seed, Switch, SwitchLimits};
 use crate::vif::{Around, Notice, Vif, VifId};
 
 /// The directory of all vifs, relative to our own.
 const ROOT: &str = "backend/vif";
-/// Packets taken from one queue before the others have their turn.
-const QUEUE_BUDGET: usize = 128;
 /// Nanoseconds between looks at queues that nobody notified us of.
-const TICK: u64 = 1_000_000_000;
+pub(crate) const TICK: u64 = 1_000_000_000;
 /// Nanoseconds after which a queue that waits for a buffer is looked at again.
 const BUFFER_WAIT: u64 = 1_000_000;
+/// Pages mapped or unmapped by one hypercall.
+const MAPS: usize = 256;
 /// Packets that may wait for the local stack.
-const LOCAL_PACKETS: usize = 256;
+pub(crate) const LOCAL_PACKETS: usize = 256;
 
 /// How a backend is set up.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +53,10 @@ pub struct Config {
     pub switch: SwitchLimits,
     /// The key of the switch's table: random, and no guest may learn it.
     pub seed: Seed,
+    /// What the domain is: see [`Facts::probe`].
+    pub facts: Facts,
+    /// What the operator wants of the ways packets can take.
+    pub policy: Policy,
 }
 
 /// What a vif is at, for whoever watches over it.
@@ -61,7 +69,7 @@ pub struct VifStatus {
     /// Queues that are connected.
     pub queues: usize,
     /// What both ends can do, while connected.
-    pub features: Features,
+    pub features: keys::Features,
     /// The guest's address, as the toolstack wrote it.
     pub mac: Option<MacAddr>,
     /// What it has done since it was made.
@@ -81,21 +89,32 @@ pub struct SwitchCounters {
 
 /// The network backend of a domain.
 pub struct Backend<H: Hypervisor> {
-    hv: H,
-    config: Config,
-    mapper: Mapper<H>,
-    binder: Binder<H>,
-    pools: Pools<H>,
+    pub(crate) hv: H,
+    pub(crate) config: Config,
+    pub(crate) features: Features,
+    /// By the operator's word.
+    pub(crate) withdrawn: Datapaths,
+    pub(crate) modes: Modes,
+    pub(crate) mapper: Mapper<H>,
+    pub(crate) binder: Binder<H>,
+    pub(crate) pools: Pools<H>,
     root: WatchId,
     lists: Vec<(JobId, Listing)>,
     /// A vif's index, plus one, is its port of the switch.
-    vifs: Vec<Option<Vif<H>>>,
-    switch: Switch,
-    switch_counters: SwitchCounters,
-    local: VecDeque<Packet<H>>,
-    staging: Vec<Packet<H>>,
-    notices: Vec<Notice>,
-    next_tick: Instant,
+    pub(crate) vifs: Vec<Option<Vif<H>>>,
+    /// The vif that is asked first for packets.
+    pub(crate) turn: usize,
+    pub(crate) switch: Switch,
+    pub(crate) switch_counters: SwitchCounters,
+    pub(crate) local: VecDeque<Packet<H>>,
+    pub(crate) table: Table<H>,
+    pub(crate) ops: CopyOps,
+    pub(crate) map_ops: MapOps<H>,
+    pub(crate) scratch: Scratch<H>,
+    /// Packets that this round means to map.
+    pub(crate) planned_maps: usize,
+    pub(crate) notices: Vec<Notice>,
+    pub(crate) next_tick: Instant,
 }
 
 /// Which directory a listing is of.
@@ -107,17 +126,24 @@ enum Listing {
 
 impl<H: Hypervisor> Backend<H> {
     /// A backend that serves whatever vifs appear below `backend/vif` of its own domain.
-    #[must_use]
+    ///
+    /// # Errors
+    /// Xen does not say what it offers.
     pub fn new(
         hv: &H,
         binder: Binder<H>,
         mapper: Mapper<H>,
         client: &mut Client,
         config: Config,
-    ) -> Self {
+    ) -> Result<Self, Errno> {
         let config = Config { max_queues: config.max_queues.clamp(1, MAX_QUEUES), ..config };
-        Self {
+        let features = Features::read(hv)?;
+        let wanted = possible(features.snapshot().bits(), &config.facts) & config.policy.allowed;
+        Ok(Self {
             hv: hv.clone(),
+            features,
+            withdrawn: Datapaths::empty(),
+            modes: Modes::new(wanted),
             mapper,
             binder,
             pools: Pools::new(hv, config.small_buffers, config.large_buffers),
@@ -127,11 +153,16 @@ impl<H: Hypervisor> Backend<H> {
             switch: Switch::new(config.switch, config.seed),
             switch_counters: SwitchCounters::default(),
             local: VecDeque::with_capacity(LOCAL_PACKETS),
-            staging: Vec::with_capacity(2 * QUEUE_BUDGET),
+            table: Table::new(config.policy.max_lent),
+            ops: CopyOps::new(COPIES),
+            map_ops: MapOps::new(MAPS),
+            scratch: Scratch::new(),
+            planned_maps: 0,
+            turn: 0,
             notices: Vec::new(),
             next_tick: Instant::default(),
             config,
-        }
+        })
     }
 
     /// Takes an event of the store client, if it is for this backend; says whether it was.
@@ -178,13 +209,8 @@ impl<H: Hypervisor> Backend<H> {
         now: Instant,
         mut each: impl FnMut(&mut Vif<H>, &mut Around<'_, H>) -> bool,
     ) -> bool {
-        let mut around = Around {
-            client,
-            mapper: &self.mapper,
-            binder: &self.binder,
-            notices: &mut self.notices,
-            now,
-        };
+        let Self { mapper, binder, notices, features, hv, .. } = self;
+        let mut around = Around { client, mapper, binder, notices, features, hv, now };
         self.vifs.iter_mut().flatten().any(|vif| each(vif, &mut around))
     }
 
@@ -223,20 +249,24 @@ impl<H: Hypervisor> Backend<H> {
             return;
         }
         let dir = format!("{ROOT}/{}/{}", id.domain, id.handle);
-        if let Some(free) = self.vifs.iter_mut().find(|vif| vif.is_none()) {
-            *free = Some(Vif::new(id, dir, self.config.max_queues, client));
+        let free = self.vifs.iter().position(Option::is_none).unwrap_or(self.vifs.len());
+        let port = port_of(free);
+        if let Some(free) = self.vifs.get_mut(free) {
+            *free = Some(Vif::new(id, port, dir, self.config.max_queues, client));
         } else if self.vifs.len() < self.config.max_vifs.into() {
-            self.vifs.push(Some(Vif::new(id, dir, self.config.max_queues, client)));
+            self.vifs.push(Some(Vif::new(id, port, dir, self.config.max_queues, client)));
         } else {
             log::error!("netback: {id} is one vif more than {}", self.config.max_vifs);
         }
     }
 
     /// Drops vifs that have ended, and what the switch knew of those that are cut off.
-    fn sweep(&mut self) {
+    pub(crate) fn sweep(&mut self) {
         for (index, slot) in self.vifs.iter_mut().enumerate() {
             let Some(vif) = slot else { continue };
             if vif.queues.is_empty() {
+                // Chains that others still hold are of rings that are gone.
+                self.table.forget(port_of(index));
                 self.switch.forget_port(port_of(index));
             }
             if vif.gone {
@@ -258,6 +288,11 @@ impl<H: Hypervisor> Backend<H> {
 
     /// An event came on `port`; says whether the port is one of a vif.
     pub fn on_event(&mut self, port: Port) -> bool {
+        let mut controls = self.vifs.iter_mut().flatten().filter_map(|vif| vif.control.as_mut());
+        if let Some(control) = controls.find(|control| control.port() == port) {
+            control.on_event();
+            return true;
+        }
         let mut queues = self.vifs.iter_mut().flatten().flat_map(|vif| &mut vif.queues);
         match queues.find(|queue| queue.ports().any(|own| own == port)) {
             Some(queue) => {
@@ -265,75 +300,6 @@ impl<H: Hypervisor> Backend<H> {
                 true
             }
             None => false,
-        }
-    }
-
-    /// Carries packets, within a budget. `tap` sees each packet that a port sent, before it is switched. Answers whether
-    /// there is more to do at once.
-    pub fn poll(
-        &mut self,
-        client: &mut Client,
-        now: Instant,
-        mut tap: impl FnMut(&Packet<H>),
-    ) -> bool {
-        let tick = now >= self.next_tick;
-        if tick {
-            self.next_tick = now.after(TICK);
-        }
-        for index in 0..self.vifs.len() {
-            self.poll_from(index, client, now, tick);
-            let mut staging = core::mem::take(&mut self.staging);
-            for packet in staging.drain(..) {
-                tap(&packet);
-                self.route(packet, port_of(index), now);
-            }
-            self.staging = staging;
-        }
-        self.poll_to(client, now);
-        self.sweep();
-        self.vifs.iter().flatten().flat_map(|vif| &vif.queues).any(|queue| queue.has_tx())
-            && self.pools.small().free > 0
-            && self.pools.large().free > 0
-    }
-
-    /// Takes packets from a vif into `staging`.
-    fn poll_from(&mut self, index: usize, client: &mut Client, now: Instant, tick: bool) {
-        let Some(Some(vif)) = self.vifs.get_mut(index) else { return };
-        vif.wake_if_due(client, now);
-        let mut fault = None;
-        for queue in &mut vif.queues {
-            queue.wake_if_due(now);
-            if tick {
-                queue.look();
-            }
-            if !queue.has_tx() {
-                continue;
-            }
-            let polled = queue.poll_tx(&self.hv, &self.pools, now, QUEUE_BUDGET, &mut self.staging);
-            fault = fault.or(polled.err());
-        }
-        if fault.is_some() {
-            let (mapper, binder) = (&self.mapper, &self.binder);
-            let notices = &mut self.notices;
-            vif.fault(fault, &mut Around { client, mapper, binder, notices, now });
-        }
-    }
-
-    /// Gives all vifs what waits for them, and ends the events whose work is done.
-    fn poll_to(&mut self, client: &mut Client, now: Instant) {
-        for vif in self.vifs.iter_mut().flatten() {
-            let mut fault = None;
-            for queue in &mut vif.queues {
-                if queue.has_rx() {
-                    fault = fault.or(queue.poll_rx(&self.hv, now).err());
-                }
-                queue.end_events(now);
-            }
-            if fault.is_some() {
-                let (mapper, binder) = (&self.mapper, &self.binder);
-                let notices = &mut self.notices;
-                vif.fault(fault, &mut Around { client, mapper, binder, notices, now });
-            }
         }
     }
 
@@ -346,91 +312,63 @@ impl<H: Hypervisor> Backend<H> {
         let deadlines = queues.filter_map(Queue::deadline).chain(vifs.filter_map(Vif::deadline));
         let connected = self.vifs.iter().flatten().any(|vif| !vif.queues.is_empty());
         let tick = if connected { self.next_tick } else { now.after(TICK) };
-        deadlines.chain(waiting).fold(tick, Instant::min)
+        let policy = &self.config.policy;
+        let held = self.local.iter().filter_map(Packet::lent_by);
+        let held = held.map(|(_, since)| since.after(policy.hold)).min();
+        let returned = self.table.has_returned().then_some(now);
+        let others = [waiting, self.modes.deadline(policy), held, returned];
+        deadlines.chain(others.into_iter().flatten()).fold(tick, Instant::min)
     }
 
-    fn route(&mut self, packet: Packet<H>, from: PortId, now: Instant) {
-        let Some((&dst, rest)) = packet.bytes().split_first_chunk::<6>() else { return };
-        let Some(&src) = rest.first_chunk::<6>() else { return };
-        if self.switch.learn(MacAddr(src), from, now) == Learned::Refused {
-            if let Some(vif) = self.vif_mut(from) {
-                vif.ended.tx_drops.spoofed += 1;
-            }
-            return;
-        }
-        match self.switch.lookup(MacAddr(dst), now) {
-            Destination::Port(to) if to == from => self.switch_counters.hairpin += 1,
-            Destination::Port(to) => self.deliver(packet, from, to, now),
-            Destination::Flood => {
-                self.switch_counters.flooded += 1;
-                self.flood(packet, from, now);
-            }
-        }
+    pub(crate) fn queues(&self) -> impl Iterator<Item = &Queue<H>> {
+        self.vifs.iter().flatten().flat_map(|vif| &vif.queues)
     }
 
-    fn flood(&mut self, packet: Packet<H>, from: PortId, now: Instant) {
-        let mut last = None;
-        for to in 0..=self.vifs.len() {
-            let to = PortId(u16::try_from(to).unwrap_or(u16::MAX));
-            let open =
-                to == PortId::LOCAL || self.vif_mut(to).is_some_and(|vif| !vif.queues.is_empty());
-            if to == from || !open {
-                continue;
-            }
-            if let Some(before) = last.replace(to) {
-                match self.pools.duplicate(&packet) {
-                    Some(copy) => self.deliver(copy, from, before, now),
-                    None => self.count_no_buffer(before),
-                }
-            }
-        }
-        if let Some(to) = last {
-            self.deliver(packet, from, to, now);
-        }
+    /// What Xen offers this domain, as the backend understands it: bits withdrawn here are not used from the next poll on.
+    #[must_use]
+    pub fn features(&self) -> &Features {
+        &self.features
     }
 
-    fn count_no_buffer(&mut self, to: PortId) {
-        if let Some(vif) = self.vif_mut(to) {
-            vif.ended.rx_drops.no_buffer += 1;
-        }
+    /// Reads again what Xen advertises. To be called after each resume.
+    ///
+    /// # Errors
+    /// As Xen answers: then what was read before still holds.
+    pub fn refresh_features(&self) -> Result<(), Errno> {
+        self.features.refresh(&self.hv).map(|_| ())
     }
 
-    fn vif_mut(&mut self, port: PortId) -> Option<&mut Vif<H>> {
-        vif_at(&mut self.vifs, port)
+    /// The operator's word: all of this, and nothing else, is not to be used from now on. Packets that are under way
+    /// end as they began.
+    pub fn set_withdrawn(&mut self, withdrawal: &Withdrawal) {
+        self.withdrawn = withdrawal.paths - Datapaths::COPY;
+        let withdrawn = self.features.withdrawn();
+        self.features.restore(withdrawn - withdrawal.bits);
+        self.features.withdraw(withdrawal.bits - withdrawn);
     }
 
-    fn deliver(&mut self, packet: Packet<H>, from: PortId, to: PortId, now: Instant) {
-        if to == PortId::LOCAL {
-            if self.local.len() >= LOCAL_PACKETS {
-                self.switch_counters.local_full += 1;
-            } else {
-                self.local.push_back(packet);
-            }
-            return;
-        }
-        let Self { vifs, pools, .. } = self;
-        let Some(vif) = vif_at(vifs, to) else {
-            if let Some(vif) = self.vif_mut(from) {
-                vif.ended.tx_drops.unreachable += 1;
-            }
-            return;
-        };
-        let features = vif.features;
-        let count = vif.queues.len();
-        let at = usize::from(packet.flow.0).checked_rem(count).unwrap_or(0);
-        let Some(queue) = vif.queues.get_mut(at) else {
-            vif.ended.rx_drops.unreachable += 1;
-            return;
-        };
-        let enqueue = |packet| {
-            let free = pools.free_like(&packet);
-            queue.enqueue(packet, free);
-        };
-        match fit(packet, features, pools, now, enqueue) {
-            Fit::Done => {}
-            Fit::TooBig => vif.ended.rx_drops.too_big += 1,
-            Fit::NoBuffer => vif.ended.rx_drops.no_buffer += 1,
-        }
+    /// The ways that packets may take now.
+    #[must_use]
+    pub fn datapaths(&self) -> Datapaths {
+        self.modes.up()
+    }
+
+    /// How often that has changed.
+    #[must_use]
+    pub fn switches(&self) -> u64 {
+        self.modes.switches()
+    }
+
+    /// How a device at the local port is made to see packets that are mapped now. `None`: there are none.
+    #[must_use]
+    pub fn dma_rule(&self) -> Option<DmaRule> {
+        dma::rule(self.features.snapshot().bits(), &self.config.facts)
+    }
+
+    /// Packets taken from guests that are not answered yet.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.table.open()
     }
 
     /// A packet for the local stack.
@@ -485,11 +423,14 @@ impl<H: Hypervisor> fmt::Debug for Backend<H> {
     }
 }
 
-fn port_of(index: usize) -> PortId {
+pub(crate) fn port_of(index: usize) -> PortId {
     PortId(u16::try_from(index.saturating_add(1)).unwrap_or(u16::MAX))
 }
 
-fn vif_at<H: Hypervisor>(vifs: &mut [Option<Vif<H>>], port: PortId) -> Option<&mut Vif<H>> {
+pub(crate) fn vif_at<H: Hypervisor>(
+    vifs: &mut [Option<Vif<H>>],
+    port: PortId,
+) -> Option<&mut Vif<H>> {
     vifs.get_mut(usize::from(port.0).checked_sub(1)?)?.as_mut()
 }
 

@@ -29,6 +29,8 @@ netif::counters! {
         no_buffer,
         /// The destination is not connected, or went away.
         unreachable,
+        /// A group that the destination has not asked for.
+        filtered,
         /// The sender claimed an address that is not its to claim.
         spoofed,
     }

@@ -51,6 +51,15 @@ pub(crate) fn fit<H: Hypervisor>(
     Fit::Done
 }
 
+/// Whether [`fit`] would hand the packet on in one piece and unchanged; its headers are enough to tell.
+pub(crate) fn takes_as_is<H: Hypervisor>(packet: &Packet<H>, features: Features) -> bool {
+    if let Some(gso) = packet.gso {
+        return features.contains(gso_feature(gso) | Features::SG);
+    }
+    let fits = packet.len() <= PAGE_SIZE || features.contains(Features::SG);
+    fits && (packet.checksum != Checksum::Blank || takes_blank(packet.bytes(), features))
+}
+
 const fn gso_feature(gso: Gso) -> Features {
     match gso.version {
         IpVersion::V4 => Features::GSO_TCPV4,

@@ -131,7 +131,10 @@ const BATCH: usize = 16;
 ///
 /// # Errors
 /// As Xen answers: then the device must not look.
-pub fn clean<H: Hypervisor>(hv: &H, pieces: impl IntoIterator<Item = DmaPiece>) -> Result<(), Errno> {
+pub fn clean<H: Hypervisor>(
+    hv: &H,
+    pieces: impl IntoIterator<Item = DmaPiece>,
+) -> Result<(), Errno> {
     let mut ops: heapless::Vec<CacheFlush, BATCH> = heapless::Vec::new();
     let page = !(PAGE_SIZE as u64 - 1);
     for piece in pieces {
@@ -140,7 +143,12 @@ pub fn clean<H: Hypervisor>(hv: &H, pieces: impl IntoIterator<Item = DmaPiece>) 
         }
         let at = piece.address.bus().0;
         let offset = u16::try_from(at & !page).unwrap_or(0);
-        let op = CacheFlush { dev_bus_addr: at & page, offset, length: piece.len, op: GNTTAB_CACHE_CLEAN };
+        let op = CacheFlush {
+            dev_bus_addr: at & page,
+            offset,
+            length: piece.len,
+            op: GNTTAB_CACHE_CLEAN,
+        };
         if ops.push(op).is_err() {
             hv.cache_flush(&mut ops)?;
             ops.clear();

@@ -15,6 +15,9 @@ pub enum VifFault {
     /// Xen refuses to copy.
     #[error("grant copy refused: {0}")]
     CopyRefused(Errno),
+    /// Xen does not unmap a page of the guest's.
+    #[error("a page could not be unmapped")]
+    Unmap,
     /// A response was pushed that nobody waits for: our own mistake.
     #[error("own accounting of responses is wrong: {0}")]
     Accounting(#[from] Full),

@@ -88,6 +88,8 @@ pub(crate) struct LentPage<H: Hypervisor> {
 /// The mapped pages of one packet, in the order of its bytes.
 pub(crate) struct Pages<H: Hypervisor> {
     pub(crate) pages: heapless::Vec<LentPage<H>, MAX_SLOTS>,
+    /// How many there were, once they are taken out to be unmapped.
+    pub(crate) count: usize,
     pub(crate) path: Datapath,
     pub(crate) since: Instant,
     /// Whose they are.
@@ -109,6 +111,10 @@ impl<H: Hypervisor> Loan<H> {
 
     pub(crate) fn since(&self) -> Option<Instant> {
         self.pages.as_ref().map(|lent| lent.since)
+    }
+
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        self.pages.as_ref().and_then(|lent| lent.origin)
     }
 }
 
@@ -135,6 +141,7 @@ impl<H: Hypervisor> Table<H> {
         let spare = (0..max_lent).map(|_| {
             Box::new(Pages {
                 pages: heapless::Vec::new(),
+                count: 0,
                 path: Datapath::Map,
                 since: Instant::default(),
                 origin: None,
@@ -153,9 +160,9 @@ impl<H: Hypervisor> Table<H> {
         }
     }
 
-    /// Whether another chain can be opened.
-    pub(crate) fn has_room(&self) -> bool {
-        !self.free.is_empty()
+    /// How many more chains can be opened.
+    pub(crate) fn room(&self) -> usize {
+        self.free.len()
     }
 
     /// How many more packets can be mapped.
@@ -225,6 +232,11 @@ impl<H: Hypervisor> Table<H> {
         self.spare.push(pages);
     }
 
+    /// Whether something came back.
+    pub(crate) fn has_returned(&self) -> bool {
+        !self.returns.pages.is_empty() || !self.returns.tokens.is_empty()
+    }
+
     /// The next thing that came back.
     pub(crate) fn returned(&self) -> Option<Returned<H>> {
         if let Some(pages) = self.returns.pages.pop() {
@@ -285,12 +297,12 @@ mod tests {
     fn a_full_table_gives_the_chain_back() {
         let mut table = Table::<SimHv>::new(0);
         let tokens: Vec<_> = (0..MAX_OPEN).map(|_| table.insert(open(1)).unwrap()).collect();
-        assert!(!table.has_room());
+        assert_eq!(table.room(), 0);
         assert!(table.insert(open(1)).is_err());
         drop(tokens);
         while let Some(Returned::Token(token)) = table.returned() {
             table.take(token);
         }
-        assert!(table.has_room());
+        assert_eq!(table.room(), usize::from(MAX_OPEN));
     }
 }

@@ -3,14 +3,14 @@
 use core::fmt;
 use core::num::NonZeroUsize;
 
-use grant::{Frame, FramePool, SharedMemory};
+use grant::{Frame, FramePool, SharedMemory, SpanMut};
 use hypercall::{Hypervisor, Instant, PAGE_SIZE};
 use netif::offload::{Checksum, Gso};
 use netif::tx::PacketHash;
 
 use crate::datapath::Datapath;
 use crate::dma::{DmaPiece, DmaRule};
-use crate::lent::{Loan, Token};
+use crate::lent::{Loan, Origin, Token};
 
 /// Pages in a large buffer: the largest packet the protocol can describe, 65,535 bytes.
 const LARGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(15);
@@ -42,6 +42,8 @@ pub struct Packet<H: Hypervisor> {
     pub(crate) rest: Rest<H>,
     /// How its bytes are carried.
     pub(crate) path: Datapath,
+    /// The queue of the vif that it goes to.
+    pub(crate) to_queue: usize,
     /// The state of its checksum.
     pub checksum: Checksum,
     /// Whether and how it is to be segmented.
@@ -173,11 +175,29 @@ impl<H: Hypervisor> Packet<H> {
         pages.iter().map(move |lent| DmaPiece::of(rule, &lent.page, lent.offset, lent.len))
     }
 
-    /// When its pages were mapped.
-    pub(crate) fn lent_since(&self) -> Option<Instant> {
+    /// Who lent it pages, and when.
+    pub(crate) fn lent_by(&self) -> Option<(Origin, Instant)> {
         match &self.rest {
-            Rest::Lent(loan) => loan.since(),
+            Rest::Lent(loan) => loan.origin().zip(loan.since()),
             Rest::None | Rest::Taken(_) => None,
+        }
+    }
+
+    /// The part of the frame that is still to be filled, and what says with what. `None` if there is nothing to fill.
+    pub(crate) fn to_fill(&mut self) -> Option<(SpanMut<'_>, &Token<H>)> {
+        let Rest::Taken(token) = &self.rest else { return None };
+        let whole = self.frame.span_mut().split_at(self.len).0;
+        Some((whole.split_at(self.private).1, token))
+    }
+
+    /// The duty to answer for it, if it is open.
+    pub(crate) fn take_token(&mut self) -> Option<Token<H>> {
+        match core::mem::replace(&mut self.rest, Rest::None) {
+            Rest::Taken(token) => Some(token),
+            rest => {
+                self.rest = rest;
+                None
+            }
         }
     }
 }
@@ -226,6 +246,7 @@ impl<H: Hypervisor> Pools<H> {
             len,
             rest: Rest::None,
             path: Datapath::Copy,
+            to_queue: 0,
             checksum: Checksum::default(),
             gso: None,
             hash: None,

@@ -127,11 +127,6 @@ impl<H: Hypervisor> Queue<H> {
         self.tx_ready |= self.events.tx;
     }
 
-    /// Looks at the ring though nobody notified: a notification may have been lost, or a wait is over.
-    pub(crate) fn look(&mut self) {
-        self.tx_ready = true;
-    }
-
     /// Whether there may be packets to take.
     pub(crate) fn has_tx(&self) -> bool {
         self.tx_ready

@@ -131,11 +131,6 @@ impl<H: Hypervisor> RxQueue<H> {
         Some(packet)
     }
 
-    /// Whether packets wait.
-    pub(crate) fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
-    }
-
     /// Whether packets were taken from the queue that are not settled.
     pub(crate) fn is_busy(&self) -> bool {
         !self.batch.is_empty()
@@ -287,7 +282,9 @@ impl<H: Hypervisor> RxQueue<H> {
                     let copies = copies.len();
                     relayed.push(Relayed { open, len, copies, failed: !arrived });
                 }
-                Rest::None | Rest::Lent(_) => drops.grant += u64::from(!arrived && results.is_some()),
+                Rest::None | Rest::Lent(_) => {
+                    drops.grant += u64::from(!arrived && results.is_some())
+                }
             }
         }
         Ok(())
@@ -319,8 +316,14 @@ fn relay<'f, H: Hypervisor>(
             let step = if own.is_empty() {
                 let Some((gref, offset, len)) = piece.take().or_else(|| rest.next()) else { break };
                 let step = left.min(len);
-                range = range.with(copies.relay(PeerSpan { domain: open.domain, gref, offset }, to, step)?);
-                if let (Some(offset), Some(len @ 1..)) = (after(offset, step), len.checked_sub(step)) {
+                range = range.with(copies.relay(
+                    PeerSpan { domain: open.domain, gref, offset },
+                    to,
+                    step,
+                )?);
+                if let (Some(offset), Some(len @ 1..)) =
+                    (after(offset, step), len.checked_sub(step))
+                {
                     piece = Some((gref, offset, len));
                 }
                 step

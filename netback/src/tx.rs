@@ -249,7 +249,9 @@ impl<H: Hypervisor> TxQueue<H> {
             if packet.path == Datapath::Static {
                 let mut to = packet.bytes_mut();
                 for slot in &chain.slots {
-                    let Some((part, rest)) = to.split_at_mut_checked(slot.size.into()) else { break };
+                    let Some((part, rest)) = to.split_at_mut_checked(slot.size.into()) else {
+                        break;
+                    };
                     to = rest;
                     if let Some(page) = statics.page(slot.gref, false) {
                         page.read_bytes(slot.offset.into(), part);

@@ -11,7 +11,7 @@ use core::fmt;
 
 use evtchn::Binder;
 use grant::{MapOps, Mapper};
-use hypercall::{DomId, Handle, Hypervisor, Instant};
+use hypercall::{DomId, Handle, Hypervisor, Instant, PageOffset};
 use netif::keys::{self, Features};
 use netif::mac::MacAddr;
 use xenbus::client::{Change, Client, Error, JobId, Outcome, WatchId};
@@ -19,11 +19,14 @@ use xenbus::device::backend::{on_fault, on_frontend};
 use xenbus::device::{Action, State, parse_u32};
 
 use crate::counters::Counters;
+use crate::ctrl::Control;
 use crate::fault::{Refusal, VifFault};
+use crate::lent::Origin;
+use crate::multicast::Filter;
 use crate::negotiate;
-use crate::packet::Flow;
 use crate::queue::{Connector, Queue};
 use crate::rate::RateLimit;
+use crate::switch::PortId;
 
 /// Nanoseconds that a frontend which broke the protocol waits before it may connect again; doubled each time.
 const FIRST_PENALTY: u64 = 100_000_000;
@@ -116,6 +119,16 @@ impl After {
 
 pub(crate) struct Vif<H: Hypervisor> {
     pub(crate) id: VifId,
+    /// Its port of the switch.
+    port: PortId,
+    /// Which connection this is.
+    pub(crate) life: u32,
+    /// Packets of this connection whose pages are mapped.
+    pub(crate) lent: usize,
+    /// Why it cannot go on, until that is seen to.
+    pub(crate) found: Option<VifFault>,
+    pub(crate) control: Option<Control<H>>,
+    pub(crate) filter: Filter,
     dir: String,
     frontend: String,
     watch: Option<WatchId>,
@@ -142,6 +155,8 @@ pub(crate) struct Around<'a, H: Hypervisor> {
     pub(crate) mapper: &'a Mapper<H>,
     pub(crate) binder: &'a Binder<H>,
     pub(crate) notices: &'a mut Vec<Notice>,
+    pub(crate) features: &'a features::Features,
+    pub(crate) hv: &'a H,
     pub(crate) now: Instant,
 }
 
@@ -150,10 +165,22 @@ const PROBE: [&str; 5] = ["state", "frontend", "frontend-id", keys::MAC, "rate"]
 
 impl<H: Hypervisor> Vif<H> {
     /// A vif whose directory `dir` has just been seen.
-    pub(crate) fn new(id: VifId, dir: String, max_queues: u16, client: &mut Client) -> Self {
+    pub(crate) fn new(
+        id: VifId,
+        port: PortId,
+        dir: String,
+        max_queues: u16,
+        client: &mut Client,
+    ) -> Self {
         let probe = client.read_many(PROBE.map(|key| format!("{dir}/{key}")));
         Self {
             id,
+            port,
+            life: 0,
+            lent: 0,
+            found: None,
+            control: None,
+            filter: Filter::default(),
             dir,
             frontend: String::new(),
             watch: None,
@@ -376,16 +403,24 @@ impl<H: Hypervisor> Vif<H> {
         around: &Around<'_, H>,
     ) -> Result<(), Refusal> {
         let request = negotiate::parse(given, self.max_queues)?;
+        // Xen tells nobody when what it offers changes. If it does not answer, what it said last holds.
+        if let Err(error) = around.features.refresh(around.hv) {
+            log::warn!("{}: cannot read what Xen offers: {error}", self.id);
+        }
         let connector = Connector {
             mapper: around.mapper,
             binder: around.binder,
             domain: self.id.domain,
             rate: self.rate,
+            headroom: PageOffset::ZERO,
             now: around.now,
         };
         let mut queues = Vec::with_capacity(request.queues.len());
-        for (index, queue) in (0..).zip(&request.queues) {
-            queues.push(connector.connect(Flow(index), queue)?);
+        self.life = self.life.wrapping_add(1);
+        self.lent = 0;
+        for (queue, request) in (0..).zip(&request.queues) {
+            let origin = Origin { port: self.port, queue, life: self.life };
+            queues.push(connector.connect(origin, request)?);
         }
         self.queues = queues;
         self.features = request.features;
@@ -434,9 +469,8 @@ impl<H: Hypervisor> Vif<H> {
     /// Ends a disconnect if nothing is out any more, or what is has been waited for long enough. To be called whenever
     /// something came back; does nothing if nothing is being disconnected.
     pub(crate) fn settle(&mut self, around: &mut Around<'_, H>) {
-        // Queues lend nothing out that outlives a poll, so all is back. Once they do: `is_none_or` some queue still waits
-        // for a page and `draining.until` is yet to come.
-        if self.draining.is_none() {
+        let Some(draining) = &self.draining else { return };
+        if self.lent > 0 && around.now < draining.until {
             return;
         }
         self.ended = self.counters();

@@ -9,7 +9,7 @@ use std::num::NonZeroU16;
 use std::sync::atomic::Ordering;
 
 use common::raw::{Page, Raw};
-use common::{Machine, SECOND, frame};
+use common::{MS, Machine, SECOND, frame};
 use grant::SharedMemory;
 use hypercall::abi::GrantEntryV1;
 use hypercall::{DomId, Errno, GrantRef, GrantStatus};
@@ -404,23 +404,25 @@ fn hostile_22_segmentation_without_a_blank_checksum() {
 }
 
 #[test]
-fn hostile_23_multicast_that_was_not_offered() {
-    let add = Extra { more: false, info: ExtraInfo::McastAdd(netif::mac::MacAddr([1; 6])) };
+fn hostile_23_multicast_with_data_or_past_the_filter() {
+    let group = |number| ExtraInfo::McastAdd(netif::mac::MacAddr([1, 0, 0, 0, 0, number]));
+    let add = |number| Extra { more: false, info: group(number) };
     let (mut machine, guest, mut raw) = machine();
-    for _ in 0..100 {
+    for number in 0..100 {
         let head = raw.request(5, 0, 0, EXTRA);
         raw.push(head);
-        push_extra(&mut raw, add);
+        push_extra(&mut raw, add(number));
         run(&mut machine, &mut raw);
         let responses = raw.responses();
-        assert_eq!(responses[0], answer(5, TxStatus::ERROR));
+        let status = if number < 64 { TxStatus::OKAY } else { TxStatus::ERROR };
+        assert_eq!(responses[0], answer(5, status));
         assert_eq!(responses[1].status, TxStatus::NULL);
     }
     assert_goes_on(&mut machine, guest, &mut raw);
     let (mut machine, guest, mut raw) = self::machine();
     let head = raw.request(5, 0, 0, EXTRA | MORE);
     raw.push(head);
-    push_extra(&mut raw, add);
+    push_extra(&mut raw, add(0));
     run(&mut machine, &mut raw);
     assert_peer(&mut machine, guest, PeerFault::MulticastWithData);
 }
@@ -492,10 +494,58 @@ fn assert_copy_fault(fault: Fault) {
 }
 
 #[test]
-fn hostile_27_to_29_statuses_that_are_no_success() {
-    assert_copy_fault(Fault::Status(GrantStatus::EAGAIN));
+fn hostile_27_a_page_that_xen_cannot_look_at_now() {
+    let (mut machine, guest, mut raw) = machine();
+    let again = Fault::Status(GrantStatus::EAGAIN);
+    for id in 0..3 {
+        raw.push_plain(id, 300);
+    }
+    machine.sim.inject(DomId(0), FaultPlan::nth(Kind::Copy, 1, again));
+    run(&mut machine, &mut raw);
+    assert_eq!(raw.responses(), [answer(0, TxStatus::OKAY)]);
+    let calls = machine.hv.hypercalls();
+    run(&mut machine, &mut raw);
+    assert_eq!((machine.hv.hypercalls() - calls).calls(Kind::Copy), 0, "not before its time");
+    machine.pass(2 * MS);
+    run(&mut machine, &mut raw);
+    assert_eq!(raw.responses(), [1, 2].map(|id| answer(id, TxStatus::OKAY)), "in order");
+    // One that stays so is dropped, within its time, and the one behind it goes on.
+    machine.sim.inject(DomId(0), FaultPlan { times: 1000, ..FaultPlan::next(Kind::Copy, again) });
+    raw.push_plain(7, 300);
+    run(&mut machine, &mut raw);
+    let mut waited = 0;
+    let responses = loop {
+        let responses = raw.responses();
+        if !responses.is_empty() {
+            break responses;
+        }
+        machine.pass(MS);
+        run(&mut machine, &mut raw);
+        waited += 1;
+    };
+    assert!((10..=12).contains(&waited), "{waited} ms");
+    assert_eq!(responses, [answer(7, TxStatus::ERROR)]);
+    machine.sim.clear_faults(DomId(0));
+    assert_goes_on(&mut machine, guest, &mut raw);
+}
+
+#[test]
+fn hostile_28_a_status_that_was_left_as_it_was() {
+    let (mut machine, guest, mut raw) = machine();
+    for id in 0..3 {
+        raw.push_plain(id, 300);
+    }
+    machine.sim.inject(DomId(0), FaultPlan::nth(Kind::Copy, 1, Fault::Untouched));
+    run(&mut machine, &mut raw);
+    assert_eq!(raw.responses(), [0, 1, 2].map(|id| answer(id, TxStatus::ERROR)));
+    assert!(machine.guests[0].take().is_empty());
+    machine.pass(2 * MS);
+    assert_goes_on(&mut machine, guest, &mut raw);
+}
+
+#[test]
+fn hostile_29_statuses_that_are_no_success() {
     assert_copy_fault(Fault::Status(GrantStatus::BAD_PAGE));
-    assert_copy_fault(Fault::Untouched);
     assert_copy_fault(Fault::Status(GrantStatus(1)));
 }
 
@@ -517,6 +567,8 @@ fn hostile_30_refused_batches() {
     for id in 0..100 {
         if machine.is_connected(guest) {
             raw.push_plain(id, 300);
+            // Meanwhile it is not asked.
+            machine.pass(2 * MS);
             run(&mut machine, &mut raw);
             raw.responses();
         }

@@ -10,6 +10,7 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port};
+use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Notice, VifId, VifStatus};
 use netfront::{Frontend, Meta};
@@ -129,6 +130,17 @@ pub struct Machine {
     pub hotplug: bool,
 }
 
+/// A dom0 on Arm whose own stack takes what is for the local port.
+pub fn facts() -> Facts {
+    Facts {
+        arch: Arch::Arm,
+        grant_copy: true,
+        cache_flush: true,
+        iommu_maps: false,
+        uplink: Uplink::Stack,
+    }
+}
+
 pub fn config() -> Config {
     Config {
         max_queues: 4,
@@ -137,6 +149,8 @@ pub fn config() -> Config {
         max_vifs: 16,
         switch: SwitchLimits::default(),
         seed: Seed(1, 2),
+        facts: facts(),
+        policy: Policy::default(),
     }
 }
 
@@ -220,6 +234,7 @@ impl Machine {
         let own = server.connect(DomId(0), true);
         let mut client = Client::new();
         let backend = Backend::new(&hv, upcalls.binder(), mapper.clone(), &mut client, config);
+        let backend = backend.unwrap();
         Self {
             sim,
             hv,
@@ -465,7 +480,13 @@ impl Machine {
     /// What waits for the local stack.
     pub fn take_local(&mut self) -> Vec<Vec<u8>> {
         let packets = std::iter::from_fn(|| self.backend.receive_local());
-        packets.map(|packet| packet.bytes().to_vec()).collect()
+        let packets: Vec<_> = packets.collect();
+        let pools = self.backend.pools();
+        let whole = |mut packet: netback::Packet<SimHv>| {
+            assert!(packet.make_whole(pools), "a buffer");
+            packet.bytes().to_vec()
+        };
+        packets.into_iter().map(whole).collect()
     }
 
     /// That all packet buffers are back.
