@@ -392,7 +392,7 @@ impl State {
         let shown = Shown { mfn, by: ShownBy::Grant { read_only } };
         let own =
             self.domains.get_mut(&me).filter(|_| op.flags & !GNTMAP_READONLY == GNTMAP_HOST_MAP);
-        let placed = own.is_some_and(|own| own.memory.show(at, shown));
+        let placed = own.is_some_and(|own| own.memory.show(&mut self.machine, at, shown));
         if !placed {
             self.violation(me, format_args!("maps at gfn {:#x}, which is no free window", at.0));
             self.unpin(of, gref, read_only);
@@ -437,7 +437,7 @@ impl State {
         let Some(own) = self.domains.get_mut(&me) else { return };
         let slot = own.grants.maptrack.get_mut(handle.0 as usize);
         let Some(tracked) = slot.and_then(Option::take) else { return };
-        own.memory.hide(tracked.at);
+        own.memory.hide(&mut self.machine, tracked.at);
         if tracked.aliased {
             own.memory.leave_alias(tracked.mfn, tracked.read_only);
         }

@@ -11,6 +11,7 @@ mod ledger;
 mod machine;
 mod memory;
 mod page;
+mod strict;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,6 +34,7 @@ use events::Bits;
 use machine::Machine;
 use memory::Memory;
 use page::Page;
+use strict::Strict;
 
 /// A machine that runs a simulated Xen, with its domains. Cheap to clone; all clones are the same machine.
 #[derive(Clone, Debug)]
@@ -101,7 +103,7 @@ impl State {
         for (at, shown) in shown {
             let Some(shown) = shown else { continue };
             if let Some(domain) = self.domains.get_mut(&id) {
-                domain.memory.hide(at);
+                domain.memory.hide(&mut self.machine, at);
             }
             self.machine.let_go(shown.mfn);
             if let Some(owner) = self.machine.owner(shown.mfn) {
@@ -130,14 +132,29 @@ impl Default for Sim {
 }
 
 impl Sim {
-    /// A machine without domains.
+    /// A machine without domains; [strict](Self::strict) if the environment has a `SIM_STRICT`.
     ///
     /// # Panics
     /// When the host has not a page of memory left.
     #[must_use]
-    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
     pub fn new() -> Self {
-        let mut machine = Machine::new();
+        if std::env::var_os("SIM_STRICT").is_some() { Self::strict() } else { Self::with(None) }
+    }
+
+    /// A machine in which a domain sees what it maps at addresses of its own, with the rights it was granted: writing through a
+    /// mapping for reading, and any access after the unmap, ends the process with SIGSEGV. Maps and unmaps cost a system call.
+    ///
+    /// # Panics
+    /// When the host has no memory left, or has not pages of 4,096 bytes.
+    #[must_use]
+    #[expect(clippy::expect_used, reason = "the host cannot do it")]
+    pub fn strict() -> Self {
+        Self::with(Some(Strict::new().expect("a file in memory")))
+    }
+
+    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
+    fn with(strict: Option<Strict>) -> Self {
+        let mut machine = Machine::new(strict);
         let one = NonZeroUsize::MIN;
         let (_, hole) = machine.allocate(DomId::SELF, one).expect("a page of memory");
         let state = State { machine, domains: BTreeMap::new(), next: 0, violations: Vec::new() };
