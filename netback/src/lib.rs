@@ -6,8 +6,10 @@ extern crate alloc;
 
 pub mod backend;
 pub mod counters;
+pub mod ctrl;
 mod deliver;
 mod fault;
+pub mod multicast;
 mod negotiate;
 pub mod offload;
 pub mod packet;
