@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 
 use hypercall::Instant;
-use netfront::Meta;
 use netif::mac::MacAddr;
 
 use crate::check::{Sequence, Tally};
@@ -147,7 +146,13 @@ fn get<const N: usize>(frame: &[u8], at: usize) -> Option<[u8; N]> {
     frame.get(at..)?.first_chunk().copied()
 }
 
+/// Where the sum over everything else is.
 const SUM: usize = 54;
+
+fn sum(frame: &[u8]) -> Option<u64> {
+    let (before, rest) = frame.split_at_checked(SUM)?;
+    Some(payload::sum(before).rotate_left(1) ^ payload::sum(rest.get(8..)?))
+}
 
 impl Header {
     fn write(self, frame: &mut [u8], to: MacAddr, from: MacAddr) {
@@ -162,18 +167,15 @@ impl Header {
         put(frame, 30, &(frame.len() as u64).to_be_bytes());
         put(frame, 38, &self.number.to_be_bytes());
         put(frame, 46, &self.reached.to_be_bytes());
-        put(frame, SUM, &[0; 8]);
-        let sum = payload::sum(frame);
+        let sum = sum(frame).unwrap_or_default();
         put(frame, SUM, &sum.to_be_bytes());
     }
 
-    /// The header of a frame that is as it was sent. Leaves the place of the sum zeroed.
-    fn read(frame: &mut [u8]) -> Option<Self> {
-        let said = u64::from_be_bytes(get(frame, SUM)?);
-        put(frame, SUM, &[0; 8]);
+    /// The header of a frame that is as it was sent.
+    fn read(frame: &[u8]) -> Option<Self> {
         let good = u32::from_be_bytes(get(frame, 14)?) == MAGIC
             && u64::from_be_bytes(get(frame, 30)?) == frame.len() as u64
-            && payload::sum(frame) == said;
+            && u64::from_be_bytes(get(frame, SUM)?) == sum(frame)?;
         let kind = match u16::from_be_bytes(get(frame, 28)?) {
             0 => Kind::Data,
             1 => Kind::Ack,
@@ -245,7 +247,7 @@ impl Frames {
     }
 
     /// Takes a frame that came, if it is one of these; says whether it was.
-    pub fn take(&mut self, frame: &mut [u8], own: MacAddr, now: Instant) -> bool {
+    pub fn take(&mut self, frame: &[u8], own: MacAddr, now: Instant) -> bool {
         if !Self::is_frame(frame) {
             return false;
         }
@@ -314,7 +316,7 @@ impl Frames {
             let (kind, number) = (Kind::Ack, incoming.acks);
             let header = Header { kind, flow: *flow, from: *station, to: *from, number, reached };
             header.write(scratch, to, mac);
-            if wire.send(*flow, scratch, Meta::default()) {
+            if wire.send(*flow, scratch) {
                 incoming.acks += 1;
                 incoming.reported = reached;
                 some = true;
@@ -338,7 +340,7 @@ impl Frames {
                 }
                 let header = Header { kind, flow, from: *station, to, number, reached };
                 header.write(scratch, out.flow.mac, mac);
-                if !wire.send(flow, scratch, Meta::default()) {
+                if !wire.send(flow, scratch) {
                     break;
                 }
                 if out.sent == out.reached {

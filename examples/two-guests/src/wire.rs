@@ -1,12 +1,13 @@
 //! What an application sends and receives Ethernet frames through.
 
-use netfront::Meta;
 use netif::mac::MacAddr;
+use smoltcp::phy;
 
+use crate::frames::Frames;
 use crate::random::Random;
 
-/// One end of a wire.
-pub trait Wire {
+/// One end of a wire: smoltcp's device, that also sends frames which are not smoltcp's.
+pub trait Wire: phy::Device {
     /// The address of this end.
     fn mac(&self) -> MacAddr;
 
@@ -14,10 +15,7 @@ pub trait Wire {
     fn max_frame(&self) -> usize;
 
     /// Sends a frame of one flow; `false` if there is no room now, and then nothing of it was sent.
-    fn send(&mut self, flow: u16, frame: &[u8], meta: Meta) -> bool;
-
-    /// The next frame that came, into `frame`.
-    fn receive(&mut self, frame: &mut Vec<u8>) -> Option<Meta>;
+    fn send(&mut self, flow: u16, frame: &[u8]) -> bool;
 }
 
 /// What a network must not do. A run in which somebody does it on purpose shows that it would be noticed.
@@ -45,13 +43,15 @@ impl Misdeed {
 
 /// Frames between misdeeds, on average.
 const RARITY: usize = 100;
+/// Bytes of Ethernet, IP and TCP headers. A bit that flips there is a packet that gets lost, and TCP sends it again.
+const HEADERS: usize = 66;
 
 /// Does a misdeed to some of the frames that come over a wire.
 #[derive(Clone, Debug)]
 pub(crate) struct Saboteur {
     misdeed: Misdeed,
     random: Random,
-    held: Option<(Vec<u8>, Meta)>,
+    held: Option<Vec<u8>>,
 }
 
 impl Saboteur {
@@ -59,42 +59,34 @@ impl Saboteur {
         Self { misdeed, random: Random::new(seed), held: None }
     }
 
-    /// Receives from the true wire as it sees fit.
-    pub(crate) fn receive(
-        &mut self,
-        frame: &mut Vec<u8>,
-        mut wire: impl FnMut(&mut Vec<u8>) -> Option<Meta>,
-    ) -> Option<Meta> {
-        if self.misdeed != Misdeed::Reorder
-            && let Some((held, meta)) = self.held.take()
-        {
-            *frame = held;
-            return Some(meta);
+    /// Hands on a frame that came, as it sees fit. Of what is not a numbered frame only bits are its own to flip: TCP puts
+    /// everything else right.
+    pub(crate) fn pass(&mut self, frame: &[u8], mut to: impl FnMut(&[u8])) {
+        let numbered = Frames::is_frame(frame);
+        if let Some(held) = self.held.take_if(|_| numbered) {
+            to(frame);
+            return to(&held);
         }
-        let Some(meta) = wire(frame) else {
-            // Nobody is left to overtake it.
-            let (held, meta) = self.held.take()?;
-            *frame = held;
-            return Some(meta);
-        };
         if !self.random.once_in(RARITY) {
-            return Some(meta);
+            return to(frame);
         }
         match self.misdeed {
-            Misdeed::Drop => return self.receive(frame, wire),
-            Misdeed::Duplicate => self.held = Some((frame.clone(), meta)),
-            Misdeed::Reorder if self.held.is_none() => {
-                self.held = Some((std::mem::take(frame), meta));
-                return self.receive(frame, wire);
-            }
-            Misdeed::Reorder => {}
             Misdeed::Corrupt => {
-                let at = self.random.below(frame.len());
-                if let Some(byte) = frame.get_mut(at) {
+                let mut bad = frame.to_vec();
+                let first = if numbered { HEADERS / 2 } else { HEADERS };
+                let at = first + self.random.below(bad.len().saturating_sub(first));
+                if let Some(byte) = bad.get_mut(at) {
                     *byte ^= 1 << self.random.below(8);
                 }
+                to(&bad);
             }
+            _ if !numbered => to(frame),
+            Misdeed::Drop => {}
+            Misdeed::Duplicate => {
+                to(frame);
+                to(frame);
+            }
+            Misdeed::Reorder => self.held = Some(frame.to_vec()),
         }
-        Some(meta)
     }
 }
