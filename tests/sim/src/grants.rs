@@ -1,6 +1,7 @@
 //! Grant tables: Xen's side, version 1, with the statuses of Xen 4.17's common/grant_table.c.
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroUsize;
 use std::sync::atomic::Ordering;
 
 use hypercall::abi::{
@@ -57,6 +58,8 @@ pub(crate) struct Tracked {
     pub(crate) at: Gfn,
     pub(crate) read_only: bool,
     mfn: Mfn,
+    /// The life of the other domain that this was mapped in.
+    life: u32,
     /// It entered an alias, whatever the feature bits say by now.
     aliased: bool,
 }
@@ -65,6 +68,8 @@ pub(crate) struct Tracked {
 #[derive(Debug)]
 pub(crate) struct Grants {
     frames: Vec<Page>,
+    /// Frames of former lives, the first last: the domain sees them where it saw them then.
+    former: Vec<Page>,
     pub(crate) max_frames: u32,
     active: Vec<Active>,
     /// Handles that were ever used; those that are free again go first in, first out, as in Xen.
@@ -80,6 +85,7 @@ impl Grants {
     pub(crate) fn new(max_frames: u32, maptrack: u32) -> Self {
         Self {
             frames: Vec::new(),
+            former: Vec::new(),
             max_frames,
             active: Vec::new(),
             maptrack: Vec::new(),
@@ -101,12 +107,26 @@ impl Grants {
             return Err(Errno::INVAL);
         }
         while self.frames.len() <= index as usize {
-            let (_, page) =
-                machine.allocate(id, std::num::NonZeroUsize::MIN).ok_or(Errno::NOMEM)?;
+            let page = match self.former.pop() {
+                Some(page) => page,
+                None => machine.allocate(id, NonZeroUsize::MIN).ok_or(Errno::NOMEM)?.1,
+            };
             self.frames.push(page);
             self.active.resize(self.frames.len() * PER_FRAME as usize, Active::default());
         }
         self.frames.get(index as usize).copied().ok_or(Errno::INVAL)
+    }
+
+    /// A new life: nothing is granted, nothing mapped, and every number is free again.
+    pub(crate) fn reset(&mut self) {
+        while let Some(page) = self.frames.pop() {
+            page.fill(0);
+            self.former.push(page);
+        }
+        self.active.clear();
+        self.maptrack.clear();
+        self.free_handles.clear();
+        self.mapped.clear();
     }
 
     pub(crate) fn size(&self) -> GrantTableSize {
@@ -388,6 +408,7 @@ impl State {
     fn map_with(&mut self, me: DomId, op: &GrantMap, handle: u32) -> Result<Mfn, GrantStatus> {
         let read_only = op.flags & GNTMAP_READONLY != 0;
         let (of, gref, at) = (op.dom, op.gref, Gfn::of_address(op.host_addr));
+        let life = self.life(of).ok_or(GrantStatus::BAD_DOMAIN)?;
         let mfn = self.pin(of, gref, me, read_only, true)?;
         let shown = Shown { mfn, by: ShownBy::Grant { read_only } };
         let own =
@@ -409,7 +430,7 @@ impl State {
         own.grants.mapped.entry(mfn).or_default().add(read_only);
         let slot = own.grants.maptrack.get_mut(handle as usize);
         *slot.ok_or(GrantStatus::GENERAL_ERROR)? =
-            Some(Tracked { of, gref, at, read_only, mfn, aliased });
+            Some(Tracked { of, gref, at, read_only, mfn, life, aliased });
         Ok(mfn)
     }
 
@@ -443,9 +464,11 @@ impl State {
         }
         own.grants.forget(tracked.mfn, tracked.read_only);
         own.grants.free_handles.push_back(handle.0);
-        self.machine.let_go(tracked.mfn);
-        self.unpin(tracked.of, tracked.gref, tracked.read_only);
-        self.bury(tracked.of);
+        if self.life(tracked.of) == Some(tracked.life) {
+            self.machine.let_go(tracked.mfn);
+            self.unpin(tracked.of, tracked.gref, tracked.read_only);
+            self.bury(tracked.of);
+        }
     }
 
     /// What a dying domain has mapped is unmapped for it.

@@ -117,6 +117,10 @@ impl SimHv {
         let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
         // A domain that is gone makes no hypercalls; what its objects still try comes to nothing.
         let domain = domain.ok_or(Errno::SRCH)?;
+        if self.own.is_suspended() {
+            state.violation(self.own.id, format_args!("makes a call while suspended: {kind:?}"));
+            return Err(Errno::SRCH);
+        }
         let fails = match domain.faults.call(kind) {
             Some(Fault::Errno(errno)) => return Err(errno),
             Some(Fault::Partial(done, errno)) => Some((done, errno)),
@@ -404,7 +408,7 @@ unsafe impl Toolstack for SimHv {
         }
         let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
         let mfn = found.memory.translate(frame).ok_or(Errno::INVAL)?;
-        let by = ShownBy::Foreign(domain, frame);
+        let by = ShownBy::Foreign(domain, frame, found.life);
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
         if !own.memory.show(&mut state.machine, window.gfn(), Shown { mfn, by }) {
             let at = window.gfn().0;
@@ -422,13 +426,11 @@ unsafe impl Toolstack for SimHv {
         let mut guard = self.privileged(Kind::UnmapForeign)?;
         let state = &mut *guard;
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
-        let Some(Shown { mfn, by: ShownBy::Foreign(of, ..) }) = own.memory.shown(window.gfn())
-        else {
-            return Err(Errno::NOENT);
-        };
+        let shown = own.memory.shown(window.gfn());
+        let foreign = |shown: &Shown| matches!(shown.by, ShownBy::Foreign(..));
+        let shown = shown.filter(foreign).ok_or(Errno::NOENT)?;
         own.memory.hide(&mut state.machine, window.gfn());
-        state.machine.let_go(mfn);
-        state.bury(of);
+        state.release(&shown);
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ mod faults;
 mod grants;
 mod hv;
 mod ledger;
+mod life;
 mod machine;
 mod memory;
 mod page;
@@ -62,54 +63,8 @@ impl State {
         self.violations.push(format!("d{who} {what}"));
     }
 
-    /// Removes a dying domain of which nobody has any page mapped any more.
-    fn bury(&mut self, id: DomId) {
-        let dying = self.domains.get(&id).is_some_and(|domain| domain.dying);
-        if dying && self.machine.in_use(id) == 0 {
-            self.domains.remove(&id);
-        }
-    }
-
     fn privileged(&self) -> Vec<DomId> {
         self.domains.iter().filter(|(_, domain)| domain.privileged).map(|(id, _)| *id).collect()
-    }
-
-    /// Tells those who look after domains that something happened to one.
-    fn tell_toolstacks(&self) -> Vec<Arc<Handle>> {
-        let to = self.privileged();
-        to.into_iter().flat_map(|id| self.raise_virq(id, Virq::DOM_EXC)).collect()
-    }
-
-    /// Ends a domain: its mappings, ports and memory go. What others have mapped of it stays until they unmap it.
-    fn destroy(&mut self, id: DomId) -> Option<Vec<Arc<Handle>>> {
-        let domain = self.domains.get_mut(&id)?;
-        if std::mem::replace(&mut domain.dying, true) {
-            return Some(Vec::new());
-        }
-        self.close_all(id);
-        self.drop_mappings(id);
-        self.drop_foreign(id);
-        if let Some(domain) = self.domains.get_mut(&id) {
-            domain.memory.relinquish();
-        }
-        let told = self.tell_toolstacks();
-        self.bury(id);
-        Some(told)
-    }
-
-    fn drop_foreign(&mut self, id: DomId) {
-        let Some(domain) = self.domains.get(&id) else { return };
-        let shown: Vec<_> = domain.memory.windows().collect();
-        for (at, shown) in shown {
-            let Some(shown) = shown else { continue };
-            if let Some(domain) = self.domains.get_mut(&id) {
-                domain.memory.hide(&mut self.machine, at);
-            }
-            self.machine.let_go(shown.mfn);
-            if let Some(owner) = self.machine.owner(shown.mfn) {
-                self.bury(owner);
-            }
-        }
     }
 }
 
@@ -177,9 +132,8 @@ impl Sim {
         let handle = Arc::clone(&domain.handle);
         state.domains.insert(id, domain);
         if config.store_port {
-            let port = state.alloc_unbound(id, DomId(0)).map_or(0, |port| port.0);
+            state.offer_store(id);
             if let Some(domain) = state.domains.get_mut(&id) {
-                domain.params.insert(hvm_param::STORE_EVTCHN, port.into());
                 domain.params.insert(hvm_param::STORE_PFN, Gfn::INVALID.0);
             }
         }
@@ -225,6 +179,31 @@ impl Sim {
             state.tell_toolstacks()
         };
         wake(told);
+    }
+
+    /// A domain waits to be saved: it makes no calls, takes no upcalls, and the toolstacks are told. `false` if there is none, or
+    /// it waits already.
+    pub fn suspend(&self, id: DomId) -> bool {
+        let told = self.0.lock().suspend(id);
+        let did = told.is_some();
+        wake(told.into_iter().flatten());
+        did
+    }
+
+    /// A suspended domain goes on as after a restore: with its memory as it was, with no ports, an empty grant table, nothing
+    /// mapped, its event bits clear, and what Xen advertises to it now. What others have mapped of it is of its former life:
+    /// to unmap it is still right, and nothing of the new life depends on it. `false` if it does not wait.
+    pub fn resume(&self, id: DomId, features: u32) -> bool {
+        self.0.lock().resume(id, features)
+    }
+
+    /// A suspended domain goes on as if nothing had happened, for instance because it could not be saved. `false` if it does not
+    /// wait.
+    pub fn cancel_suspend(&self, id: DomId) -> bool {
+        let woken = self.0.lock().cancel_suspend(id);
+        let did = woken.is_some();
+        wake(woken.into_iter().flatten());
+        did
     }
 
     /// What Xen advertises to a domain from now on. Nobody is told, as on real Xen.
@@ -325,7 +304,7 @@ impl Sim {
     #[must_use]
     pub fn with_upcall(&self) -> Vec<DomId> {
         let state = self.0.lock();
-        let has = |domain: &Domain| domain.handle.bits.upcall_pending(VcpuId(0));
+        let has = |domain: &Domain| domain.handle.takes_upcall(VcpuId(0));
         state.domains.iter().filter(|(_, domain)| has(domain)).map(|(id, _)| *id).collect()
     }
 

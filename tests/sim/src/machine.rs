@@ -305,6 +305,13 @@ impl Machine {
         found.dram.get_or_insert_with(Dram::new).write(found.page, offset, from)
     }
 
+    /// The mappings of the page count no longer.
+    pub(crate) fn let_all_go(&mut self, mfn: Mfn) {
+        while self.uses(mfn) != 0 {
+            self.let_go(mfn);
+        }
+    }
+
     /// How many pages of `owner` others have mapped.
     pub(crate) fn in_use(&self, owner: DomId) -> usize {
         self.in_use.get(&owner).copied().unwrap_or(0)

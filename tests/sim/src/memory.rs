@@ -21,8 +21,11 @@ pub(crate) struct Shown {
 /// By what right.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ShownBy {
-    Grant { read_only: bool },
-    Foreign(DomId, Gfn),
+    Grant {
+        read_only: bool,
+    },
+    /// And in which life of that domain.
+    Foreign(DomId, Gfn, u32),
 }
 
 /// What a guest frame number stands for.
@@ -175,7 +178,12 @@ impl Memory {
         self.aliases.iter().map(|(mfn, alias)| (*mfn, !alias.is_writable()))
     }
 
-    /// Pages it has.
+    /// The pages it has.
+    pub(crate) fn frames(&self) -> impl Iterator<Item = Mfn> {
+        self.ram.values().copied()
+    }
+
+    /// How many pages it has.
     pub(crate) fn pages(&self) -> usize {
         self.ram.len()
     }
