@@ -124,7 +124,7 @@ impl SimHv {
         let fails = match domain.faults.call(kind) {
             Some(Fault::Errno(errno)) => return Err(errno),
             Some(Fault::Partial(done, errno)) => Some((done, errno)),
-            Some(Fault::Status(_) | Fault::Untouched) | None => None,
+            Some(Fault::Status(_) | Fault::Untouched | Fault::Natural) | None => None,
         };
         Ok(Entered { state, fails })
     }
