@@ -16,6 +16,7 @@ pub mod packet;
 mod queue;
 pub mod rate;
 mod rx;
+pub mod stall;
 pub mod switch;
 mod tx;
 mod vif;

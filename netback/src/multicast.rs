@@ -18,6 +18,12 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// An empty one.
+    #[must_use]
+    pub const fn new(requested: bool) -> Self {
+        Self { requested, groups: Vec::new() }
+    }
+
     /// Amends the filter. What is there is not added again, and what is not there is removed all the same.
     pub fn apply(&mut self, change: MulticastChange) -> TxStatus {
         match change {
