@@ -12,6 +12,7 @@ use hypercall::abi::{
 use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, GrantTableSize, MapHandle, PAGE_SIZE};
 
 use crate::State;
+use crate::faults::Kind;
 use crate::machine::{Machine, Mfn};
 use crate::memory::{Shown, ShownBy, Users};
 use crate::page::Page;
@@ -38,6 +39,26 @@ struct Active {
     writers: u32,
     by: DomId,
     mfn: Option<Mfn>,
+    /// For whom and which frame it was when somebody looked last, if it was open, and how often that had changed.
+    seen: Option<(DomId, u32)>,
+    generation: u64,
+}
+
+/// A copy or mapping by a reference, done or tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantUse {
+    /// Whose doing.
+    pub by: DomId,
+    /// By which reference.
+    pub gref: GrantRef,
+    /// [`Copy`](Kind::Copy) or [`Map`](Kind::Map).
+    pub kind: Kind,
+    /// Only for reading.
+    pub read_only: bool,
+    /// What Xen said of the reference.
+    pub status: GrantStatus,
+    /// The [generation](crate::Sim::grant_generation) of the entry.
+    pub generation: u64,
 }
 
 impl Active {
@@ -79,6 +100,10 @@ pub(crate) struct Grants {
     max_mappings: usize,
     /// How many mappings there are of each page.
     mapped: HashMap<Mfn, Users>,
+    /// Uses of its references, if somebody wants to know.
+    watched: Option<Vec<GrantUse>>,
+    /// Uses of its references that were refused.
+    pub(crate) refused: u64,
 }
 
 impl Grants {
@@ -93,6 +118,8 @@ impl Grants {
             handles: maptrack as usize,
             max_mappings: maptrack as usize,
             mapped: HashMap::new(),
+            watched: None,
+            refused: 0,
         }
     }
 
@@ -165,6 +192,41 @@ impl Grants {
         (0..self.frames.len() as u32 * PER_FRAME)
             .filter_map(|gref| self.entry(GrantRef(gref)).map(|entry| (GrantRef(gref), entry)))
             .filter(|(_, entry)| entry.flags & GTF_TYPE_MASK == GTF_PERMIT_ACCESS)
+    }
+
+    /// Sees whether an entry means something else than when somebody looked last; answers its generation.
+    pub(crate) fn look(&mut self, gref: GrantRef) -> u64 {
+        let entry = self.entry(gref);
+        let open = entry.filter(|entry| entry.flags & GTF_TYPE_MASK == GTF_PERMIT_ACCESS);
+        let seen = open.map(|entry| (entry.domid, entry.frame));
+        let Some(active) = self.active.get_mut(gref.0 as usize) else { return 0 };
+        if active.seen != seen {
+            active.seen = seen;
+            active.generation += 1;
+        }
+        active.generation
+    }
+
+    fn generation(&self, gref: GrantRef) -> u64 {
+        self.active.get(gref.0 as usize).map_or(0, |active| active.generation)
+    }
+
+    pub(crate) fn watch(&mut self) {
+        self.watched.get_or_insert_default();
+    }
+
+    pub(crate) fn uses(&mut self) -> Vec<GrantUse> {
+        self.watched.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Notes a use of a reference.
+    fn used(&mut self, made: GrantUse) {
+        if matches!(made.status, GrantStatus::GENERAL_ERROR | GrantStatus::BAD_GNTREF) {
+            self.refused += 1;
+        }
+        if let Some(watched) = &mut self.watched {
+            watched.push(made);
+        }
     }
 
     /// How many mappings and copies use an entry now, as Xen counts them.
@@ -270,6 +332,24 @@ impl State {
         read_only: bool,
         map: bool,
     ) -> Result<Mfn, GrantStatus> {
+        let pinned = self.try_pin(of, gref, by, read_only, map);
+        if let Some(domain) = self.domains.get_mut(&of) {
+            let kind = if map { Kind::Map } else { Kind::Copy };
+            let status = pinned.err().unwrap_or(GrantStatus::OKAY);
+            let generation = domain.grants.generation(gref);
+            domain.grants.used(GrantUse { by, gref, kind, read_only, status, generation });
+        }
+        pinned
+    }
+
+    fn try_pin(
+        &mut self,
+        of: DomId,
+        gref: GrantRef,
+        by: DomId,
+        read_only: bool,
+        map: bool,
+    ) -> Result<Mfn, GrantStatus> {
         let domain = self.domains.get_mut(&of).ok_or(GrantStatus::BAD_DOMAIN)?;
         let dying = domain.dying;
         let grants = &mut domain.grants;
@@ -281,6 +361,9 @@ impl State {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         let mut mfn = active.mfn;
+        if !pinned {
+            grants.look(gref);
+        }
         if !pinned || !read_only && active.writers == 0 {
             let status = grants.set_status(gref, by, pinned, read_only, map);
             if !status.is_ok() {

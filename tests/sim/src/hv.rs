@@ -50,6 +50,10 @@ impl SimHv {
         self.own.id
     }
 
+    pub(crate) fn own_handle(&self) -> Arc<Handle> {
+        Arc::clone(&self.own)
+    }
+
     /// What the domain has asked for so far.
     #[must_use]
     pub fn hypercalls(&self) -> Hypercalls {

@@ -12,6 +12,7 @@ mod life;
 mod machine;
 mod memory;
 mod page;
+pub mod schedule;
 mod strict;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ pub use dma::{DmaConfig, DmaCounts, DmaDevice, Iommu};
 pub use domain::DomainConfig;
 pub use events::PortState;
 pub use faults::{Fault, FaultPlan, Hypercalls, Kind};
+pub use grants::GrantUse;
 pub use hv::SimHv;
 pub use ledger::{Item, Ledger, LedgerDiff};
 pub use memory::{P2mEntry, P2mKind};
@@ -268,6 +270,32 @@ impl Sim {
     #[must_use]
     pub fn grant_users(&self, id: DomId, gref: GrantRef) -> u32 {
         self.domain(id, |domain| domain.grants.pins(gref)).unwrap_or(0)
+    }
+
+    /// How often an entry of a domain's grant table has come to mean something else, as far as anybody looked: Xen for a copy or
+    /// the first mapping, or the caller, now. A reference that a peer was told of in one generation and uses in another is
+    /// stale. What is closed and opened again for the same domain and frame with nobody looking is the same generation.
+    #[must_use]
+    pub fn grant_generation(&self, id: DomId, gref: GrantRef) -> u64 {
+        self.domain_mut(id, |domain| domain.grants.look(gref)).unwrap_or(0)
+    }
+
+    /// Has each copy and mapping by a domain's references noted from now on.
+    pub fn watch_grants(&self, id: DomId) {
+        self.domain_mut(id, |domain| domain.grants.watch());
+    }
+
+    /// What was noted since the last time.
+    #[must_use]
+    pub fn grant_uses(&self, id: DomId) -> Vec<GrantUse> {
+        self.domain_mut(id, |domain| domain.grants.uses()).unwrap_or_default()
+    }
+
+    /// How many copies and mappings Xen has refused because a reference of this domain's was not open to whoever used it, or
+    /// not for writing, or is none: if both sides are right, none.
+    #[must_use]
+    pub fn refused_grants(&self, id: DomId) -> u64 {
+        self.domain(id, |domain| domain.grants.refused).unwrap_or(0)
     }
 
     /// How many mappings of other domains' pages a domain may have.
