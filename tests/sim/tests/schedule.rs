@@ -100,8 +100,13 @@ fn who_sleeps_is_woken_by_an_upcall_and_by_nothing_else() {
         let before = received.get();
         tells.set(false);
         to_send.set(5);
-        let stirs = Cell::new(true);
-        schedule.polled("another", |_| if stirs.replace(false) { Turn::Ran } else { Turn::Idle });
+        let mut stirs = true;
+        schedule.polled(
+            "another",
+            move |_| {
+                if std::mem::take(&mut stirs) { Turn::Ran } else { Turn::Idle }
+            },
+        );
         assert_eq!(schedule.run(1000), Stop::Quiet);
         assert_eq!((to_send.get(), received.get()), (0, before));
     }
