@@ -4,7 +4,8 @@
 //! believes it may read twice. Here each read is one atomic load into a private value.
 
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, AtomicU32, Ordering, fence};
+use core::slice;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
 use hypercall::PAGE_SIZE;
 
@@ -52,14 +53,140 @@ impl SharedPage {
         unsafe { self.base.add((offset % PAGE_SIZE) & !3).cast().as_ref() }
     }
 
-    fn byte(&self, offset: usize) -> &AtomicU8 {
-        // SAFETY: the offset is within the page, which lives as long as `self`; an `AtomicU8` may be written by others
-        // at any time.
-        unsafe { self.base.add(offset % PAGE_SIZE).cast().as_ref() }
+    /// Part of the page as atomics of one size, from a multiple of it on; empty where there is no such part.
+    fn slice<A: Atomic<N>, const N: usize>(&self, from: usize, end: usize) -> &[A] {
+        let first = from / N;
+        let count = (end.min(PAGE_SIZE) / N).saturating_sub(first);
+        // SAFETY: an empty slice, or one that ends within the page, which is aligned and lives as long as `self`; any
+        // bytes make an atomic integer, and one may be written by others at any time.
+        unsafe {
+            slice::from_raw_parts(self.base.cast().add(first.min(PAGE_SIZE / N)).as_ptr(), count)
+        }
     }
 
-    fn room(offset: usize) -> usize {
-        PAGE_SIZE.saturating_sub(offset)
+    fn pieces(&self, offset: usize, len: usize) -> Pieces<'_> {
+        let offset = offset.min(PAGE_SIZE);
+        let end = offset.saturating_add(len).min(PAGE_SIZE);
+        // Where whole words and longs begin and end; all at one place where there are none.
+        let words = offset.next_multiple_of(4).min(end);
+        let words_end = (end & !3).max(words);
+        let longs = words.next_multiple_of(8).min(words_end);
+        let longs_end = (words_end & !7).max(longs);
+        Pieces {
+            head: self.slice(offset, words),
+            before: self.slice(words, longs),
+            longs: self.slice(longs, longs_end),
+            after: self.slice(longs_end, words_end),
+            tail: self.slice(words_end, end),
+        }
+    }
+
+    /// Copies up to `len` bytes from one page to another (or within one), each read once and written once; stops at the
+    /// end of either page.
+    pub fn copy_between(from: &Self, from_offset: usize, to: &Self, to_offset: usize, len: usize) {
+        let room = |offset| PAGE_SIZE.saturating_sub(offset);
+        let len = len.min(room(from_offset)).min(room(to_offset));
+        if from_offset % 8 == to_offset % 8 {
+            return from.pieces(from_offset, len).copy(&to.pieces(to_offset, len));
+        }
+        let mut buffer = [0; CHUNK];
+        let mut done = 0;
+        while done < len {
+            // Whole longs of the source from the second round on.
+            let size = (CHUNK - (from_offset + done) % 8).min(len - done);
+            let part = buffer.get_mut(..size).unwrap_or_default();
+            from.read_bytes(from_offset + done, part);
+            to.write_bytes(to_offset + done, part);
+            done += size;
+        }
+    }
+}
+
+/// Bytes that [`SharedPage::copy_between`] takes at a time where it has to shift them.
+const CHUNK: usize = 512;
+
+/// An atomic integer of `N` bytes.
+trait Atomic<const N: usize> {
+    fn get(&self) -> [u8; N];
+    fn put(&self, bytes: [u8; N]);
+}
+
+macro_rules! atomic {
+    ($atomic:ident, $int:ident, $size:literal) => {
+        impl Atomic<$size> for $atomic {
+            #[inline]
+            fn get(&self) -> [u8; $size] {
+                self.load(Ordering::Relaxed).to_ne_bytes()
+            }
+            #[inline]
+            fn put(&self, bytes: [u8; $size]) {
+                self.store($int::from_ne_bytes(bytes), Ordering::Relaxed);
+            }
+        }
+    };
+}
+
+atomic!(AtomicU8, u8, 1);
+atomic!(AtomicU32, u32, 4);
+atomic!(AtomicU64, u64, 8);
+
+/// Adjacent bytes of a page in as few atomics as there can be. Bytes at offsets that are equal modulo 8 fall into pieces
+/// of equal lengths.
+struct Pieces<'p> {
+    head: &'p [AtomicU8],
+    before: &'p [AtomicU32],
+    longs: &'p [AtomicU64],
+    after: &'p [AtomicU32],
+    tail: &'p [AtomicU8],
+}
+
+impl Pieces<'_> {
+    fn read(&self, to: &mut [u8]) {
+        let to = read(self.head, to);
+        let to = read(self.before, to);
+        let to = read(self.longs, to);
+        let to = read(self.after, to);
+        read(self.tail, to);
+    }
+
+    fn write(&self, from: &[u8]) {
+        let from = write(self.head, from);
+        let from = write(self.before, from);
+        let from = write(self.longs, from);
+        let from = write(self.after, from);
+        write(self.tail, from);
+    }
+
+    fn copy(&self, to: &Self) {
+        copy(self.head, to.head);
+        copy(self.before, to.before);
+        copy(self.longs, to.longs);
+        copy(self.after, to.after);
+        copy(self.tail, to.tail);
+    }
+}
+
+/// Fills the first bytes of `to`; answers the rest of it.
+fn read<'b, A: Atomic<N>, const N: usize>(from: &[A], to: &'b mut [u8]) -> &'b mut [u8] {
+    let (to, rest) = to.split_at_mut((from.len() * N).min(to.len()));
+    for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from) {
+        *to = from.get();
+    }
+    rest
+}
+
+/// Takes the first bytes of `from`; answers the rest of it.
+fn write<'b, A: Atomic<N>, const N: usize>(to: &[A], from: &'b [u8]) -> &'b [u8] {
+    let (from, rest) = from.split_at((to.len() * N).min(from.len()));
+    for (to, from) in to.iter().zip(from.as_chunks().0) {
+        to.put(*from);
+    }
+    rest
+}
+
+fn copy<A: Atomic<N>, const N: usize>(from: &[A], to: &[A]) {
+    for (to, from) in to.iter().zip(from) {
+        to.put(from.get());
     }
 }
 
@@ -80,15 +207,11 @@ impl SharedMemory for SharedPage {
     }
 
     fn read_bytes(&self, offset: usize, to: &mut [u8]) {
-        for (at, to) in to.iter_mut().take(Self::room(offset)).enumerate() {
-            *to = self.byte(offset + at).load(Ordering::Relaxed);
-        }
+        self.pieces(offset, to.len()).read(to);
     }
 
     fn write_bytes(&self, offset: usize, from: &[u8]) {
-        for (at, &byte) in from.iter().take(Self::room(offset)).enumerate() {
-            self.byte(offset + at).store(byte, Ordering::Relaxed);
-        }
+        self.pieces(offset, from.len()).write(from);
     }
 }
 

@@ -7,7 +7,7 @@ use core::num::NonZeroUsize;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicUsize, Ordering};
 
-use crossbeam_queue::ArrayQueue;
+use crossbeam_queue::{ArrayQueue, SegQueue};
 use hypercall::abi::{
     GRANT_RESERVED_ENTRIES, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_WRITING,
 };
@@ -48,8 +48,18 @@ struct Table<H: Hypervisor> {
     /// First in, first out, so that a reference just given back is the last to be used again.
     free: ArrayQueue<u32>,
     granted: AtomicUsize,
-    parked: AtomicUsize,
+    /// References whose pages the peer still held when we were done with them, with those pages.
+    parked: SegQueue<Parked>,
 }
+
+/// A page that is kept with its reference until the peer has let go.
+struct Parked {
+    base: NonNull<u8>,
+    gref: GrantRef,
+}
+
+// SAFETY: the owner of a page; nothing is done with the address but to free the page, once.
+unsafe impl Send for Parked {}
 
 /// This domain's grant table.
 pub struct GrantTable<H: Hypervisor>(Arc<Table<H>>);
@@ -139,6 +149,17 @@ impl<H: Hypervisor> Table<H> {
         }
         false
     }
+
+    /// Ends a grant and frees its page and its reference, or gives both back if the peer still uses them.
+    fn release(&self, page: Parked) -> Result<(), Parked> {
+        if !self.end(page.gref) {
+            return Err(page);
+        }
+        // SAFETY: the grant has ended and this was the page's owner, so nobody can reach it.
+        unsafe { self.hv.free_pages(page.base, ONE) };
+        let _ = self.free.push(page.gref.0);
+        Ok(())
+    }
 }
 
 impl<H: Hypervisor> GrantTable<H> {
@@ -154,7 +175,7 @@ impl<H: Hypervisor> GrantTable<H> {
             frames: (0..max).map(|_| Default::default()).collect(),
             free: ArrayQueue::new(entries.max(1)),
             granted: AtomicUsize::new(0),
-            parked: AtomicUsize::new(0),
+            parked: SegQueue::new(),
         })))
     }
 
@@ -193,10 +214,41 @@ impl<H: Hypervisor> GrantTable<H> {
         self.0.granted.load(Ordering::Relaxed)
     }
 
-    /// Pages that a peer still held when we were done with them: kept with their references, for good.
+    /// Pages that a peer still held when we were done with them: kept with their references, until
+    /// [`retry_parked`](Self::retry_parked) finds that it has let go.
     #[must_use]
     pub fn parked(&self) -> usize {
-        self.0.parked.load(Ordering::Relaxed)
+        self.0.parked.len()
+    }
+
+    /// Looks at up to `budget` parked pages, those that were not looked at for longest first, and frees what its peer has let
+    /// go of. The number of pages freed. Xen does not say when a peer lets go, so this is for a slow timer.
+    pub fn retry_parked(&self, budget: usize) -> usize {
+        let table = &self.0;
+        let mut freed = 0;
+        for _ in 0..budget.min(table.parked.len()) {
+            let Some(parked) = table.parked.pop() else { break };
+            match table.release(parked) {
+                Ok(()) => freed += 1,
+                Err(parked) => table.parked.push(parked),
+            }
+        }
+        freed
+    }
+
+    /// Asks Xen for the table anew, after this domain was restored elsewhere: there it begins empty, and every reference
+    /// given out before is void. What was granted ends as ever when it is dropped. Nobody may grant anything meanwhile.
+    ///
+    /// # Errors
+    /// As Xen answers. The table cannot be used then.
+    pub fn resumed(&self) -> Result<(), Errno> {
+        for (slot, index) in self.0.frames.iter().zip(0..) {
+            if !slot.load(Ordering::Acquire).is_null() {
+                let frame = self.0.hv.grant_table_frame(index)?;
+                slot.store(frame.as_ptr(), Ordering::Release);
+            }
+        }
+        Ok(())
     }
 
     /// References that could be granted without growing the table.
@@ -244,12 +296,8 @@ impl<H: Hypervisor> Drop for GrantedPage<H> {
     fn drop(&mut self) {
         let table = &self.table;
         table.granted.fetch_sub(1, Ordering::Relaxed);
-        if table.end(self.gref) {
-            // SAFETY: the grant has ended and this was its owner, so nobody can reach the page.
-            unsafe { table.hv.free_pages(self.base, ONE) };
-            let _ = table.free.push(self.gref.0);
-        } else {
-            table.parked.fetch_add(1, Ordering::Relaxed);
+        if let Err(parked) = table.release(Parked { base: self.base, gref: self.gref }) {
+            table.parked.push(parked);
             log::warn!("grant: reference {} is still in use by its peer; parked", self.gref);
         }
     }

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use grant::{GrantError, GrantTable, MapRequest, Mapper, SharedMemory};
-use hypercall::abi::{GRANT_RESERVED_ENTRIES, GTF_PERMIT_ACCESS, GTF_READONLY};
+use hypercall::abi::{GRANT_RESERVED_ENTRIES, GTF_PERMIT_ACCESS, GTF_READONLY, GrantEntryV1};
 use hypercall::{DomId, Errno, Gfn, GrantRef};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
 
@@ -106,6 +106,55 @@ fn what_the_peer_still_holds_is_parked_with_its_page() {
     }
     drop(mapping);
     assert!(sim.violations().is_empty(), "{:?}", sim.violations());
+}
+
+#[test]
+fn what_was_parked_is_freed_once_the_peer_lets_go() {
+    let (sim, backend, guest) = two();
+    let table = GrantTable::new(&guest).unwrap();
+    let mapper = Mapper::new(&backend);
+    let before = sim.ledger();
+    let free = table.free();
+    let mut mappings = Vec::new();
+    for _ in 0..10 {
+        let page = table.share(backend.id(), false).unwrap();
+        let request = MapRequest { domain: guest.id(), gref: page.gref(), read_only: false };
+        mappings.push(mapper.map(request).unwrap());
+    }
+    assert_eq!((table.granted(), table.parked()), (0, 10));
+    assert_eq!(table.retry_parked(100), 0);
+    assert_eq!(table.parked(), 10);
+    mappings.truncate(7);
+    assert_eq!(table.retry_parked(7), 0, "no more than asked for, the oldest first");
+    assert_eq!(table.retry_parked(100), 3);
+    assert_eq!(table.parked(), 7);
+    drop(mappings);
+    assert_eq!(table.retry_parked(100), 7);
+    assert_eq!((table.parked(), table.retry_parked(100)), (0, 0));
+    assert_eq!(table.free(), free.max(PER_FRAME - GRANT_RESERVED_ENTRIES as usize));
+    assert_eq!(sim.ledger().since(&before).to_string(), "");
+    assert!(sim.violations().is_empty(), "{:?}", sim.violations());
+}
+
+#[test]
+fn after_a_resume_the_table_is_asked_for_anew_and_old_grants_end() {
+    let (sim, backend, guest) = two();
+    let table = GrantTable::new(&guest).unwrap();
+    let before = sim.ledger();
+    let old: Vec<_> = (0..600).map(|_| table.share(backend.id(), false).unwrap()).collect();
+    let grown = guest.hypercalls().calls(Kind::TableFrame);
+    for page in &old {
+        // As where this domain goes on: nothing is granted there.
+        assert!(sim.set_grant_entry(guest.id(), page.gref(), GrantEntryV1::default()));
+    }
+    table.resumed().unwrap();
+    assert_eq!(guest.hypercalls().calls(Kind::TableFrame), 2 * grown);
+    drop(old);
+    assert_eq!((table.granted(), table.parked()), (0, 0));
+    drop(table.share(backend.id(), false).unwrap());
+    assert_eq!(sim.ledger().since(&before).to_string(), "");
+    sim.inject(guest.id(), FaultPlan::next(Kind::TableFrame, Fault::Errno(Errno::NOMEM)));
+    assert_eq!(table.resumed(), Err(Errno::NOMEM));
 }
 
 #[test]

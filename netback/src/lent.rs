@@ -175,13 +175,13 @@ impl<H: Hypervisor> Table<H> {
         self.entries.len() - self.free.len()
     }
 
-    /// Keeps a chain. Gives it back if there is no room.
-    pub(crate) fn insert(&mut self, open: Open) -> Result<Token<H>, Open> {
-        let Some(index) = self.free.pop() else { return Err(open) };
-        let Some(entry) = self.entries.get_mut(usize::from(index)) else { return Err(open) };
+    /// Keeps a chain; `None`, and the chain is gone, if there is no [`room`](Self::room).
+    pub(crate) fn insert(&mut self, open: Open) -> Option<Token<H>> {
+        let index = self.free.pop()?;
+        let entry = self.entries.get_mut(usize::from(index))?;
         entry.open = Some(open);
         let id = TakenId { index, generation: entry.generation };
-        Ok(Token { id: Some(id), returns: Arc::clone(&self.returns) })
+        Some(Token { id: Some(id), returns: Arc::clone(&self.returns) })
     }
 
     /// What a token stands for; `None` if its queue is gone.
@@ -294,11 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn a_full_table_gives_the_chain_back() {
+    fn a_full_table_takes_no_chain() {
         let mut table = Table::<SimHv>::new(0);
         let tokens: Vec<_> = (0..MAX_OPEN).map(|_| table.insert(open(1)).unwrap()).collect();
         assert_eq!(table.room(), 0);
-        assert!(table.insert(open(1)).is_err());
+        assert!(table.insert(open(1)).is_none());
         drop(tokens);
         while let Some(Returned::Token(token)) = table.returned() {
             table.take(token);

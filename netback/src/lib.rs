@@ -20,6 +20,7 @@ mod queue;
 pub mod rate;
 mod round;
 mod rx;
+pub mod stall;
 pub mod switch;
 mod tx;
 mod vif;

@@ -184,7 +184,7 @@ impl<H: Hypervisor> Packet<H> {
     }
 
     /// The part of the frame that is still to be filled, and what says with what. `None` if there is nothing to fill.
-    pub(crate) fn to_fill(&mut self) -> Option<(SpanMut<'_>, &Token<H>)> {
+    pub(crate) fn unfilled(&mut self) -> Option<(SpanMut<'_>, &Token<H>)> {
         let Rest::Taken(token) = &self.rest else { return None };
         let whole = self.frame.span_mut().split_at(self.len).0;
         Some((whole.split_at(self.private).1, token))

@@ -433,7 +433,7 @@ impl<H: Hypervisor> Backend<H> {
                     continue;
                 }
                 let private = packet.bytes().len();
-                let open = packet.to_fill().and_then(|(to, token)| Some((to, table.get(token)?)));
+                let open = packet.unfilled().and_then(|(to, token)| Some((to, table.get(token)?)));
                 let added =
                     open.map(|(to, open)| pull(&mut copies, open.domain, &open.chain, private, to));
                 match added {

@@ -338,22 +338,21 @@ impl<H: Hypervisor> TxQueue<H> {
             self.drops.not_segmentable += u64::from(status.is_ok());
             return self.answer(chain.answers, TxStatus::ERROR);
         }
+        let len = packet.len();
         if packet.is_whole() {
             // What was asked for as headers may have been all there is.
             if packet.path == Datapath::Direct {
                 packet.path = Datapath::Copy;
             }
-            self.count(packet.path, packet.len());
+            self.count(packet.path, len);
             self.answer(chain.answers, TxStatus::OKAY)?;
+        } else if table.room() == 0 {
+            self.drops.no_buffer += 1;
+            return self.answer(chain.answers, TxStatus::ERROR);
         } else {
-            let len = packet.len();
-            match table.insert(Open { origin: self.origin, domain: self.domain, chain }) {
-                Ok(token) => packet.set_rest(len, Rest::Taken(token)),
-                Err(open) => {
-                    self.drops.no_buffer += 1;
-                    return self.answer(open.chain.answers, TxStatus::ERROR);
-                }
-            }
+            let open = Open { origin: self.origin, domain: self.domain, chain };
+            let rest = table.insert(open).map_or(Rest::None, Rest::Taken);
+            packet.set_rest(len, rest);
         }
         out.push(packet);
         Ok(())

@@ -2,6 +2,7 @@
 
 use grant::GrantError;
 use hypercall::Errno;
+use netif::mac::MacAddr;
 use netif::ring::{Full, RingFault};
 use netif::rx::WrongId;
 use netif::slot::TxId;
@@ -22,6 +23,9 @@ pub enum BackendFault {
     /// An RX response that does not name its slot.
     #[error(transparent)]
     WrongId(#[from] WrongId),
+    /// A response on the control ring to nothing that was asked.
+    #[error("answer to control request {0}, which was not asked")]
+    Control(u16),
     /// A request was pushed where there is no room: our own mistake.
     #[error("own accounting of slots is wrong: {0}")]
     Accounting(#[from] Full),
@@ -73,4 +77,15 @@ pub enum SendError {
     /// No page to put the bytes in.
     #[error(transparent)]
     Grant(#[from] GrantError),
+}
+
+/// A multicast address cannot be joined.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum JoinError {
+    /// It is the address of a station.
+    #[error("{0} is not a multicast address")]
+    NotMulticast(MacAddr),
+    /// As many are joined as a backend takes.
+    #[error("too many multicast addresses")]
+    TooMany,
 }

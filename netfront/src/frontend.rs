@@ -1,7 +1,6 @@
-//! The life of an interface: the handshake over the store, and the queues while it is connected.
-//!
-//! Driven by the store alone: every change of a node it looks at ends in a look at all of them, so that a storm of
-//! changes costs one look, and what to do follows from the states as they are and not from the order of events.
+//! An interface: what its owner does with it. Its life is in `life`.
+
+mod life;
 
 use alloc::format;
 use alloc::string::String;
@@ -10,28 +9,30 @@ use core::fmt;
 
 use evtchn::Binder;
 use grant::GrantTable;
-use hypercall::{DomId, Handle, Hypervisor, Instant, Port};
-use netif::keys::{self, Features};
+use hypercall::{DomId, Handle, Hypervisor, Instant, PageOffset, Port};
+use netif::keys::{Features, REQUEST_MULTICAST_CONTROL};
 use netif::mac::MacAddr;
-use xenbus::client::{Change, Client, Error, Event, JobId, Outcome, WatchId};
-use xenbus::device::frontend::{on_backend, on_fault, restart};
-use xenbus::device::{Action, State, parse_u32};
+use netif::slot::ExtraInfo;
+use xenbus::client::{Change, Client, JobId, WatchId};
+use xenbus::device::State;
 
 use crate::Meta;
+use crate::control::Control;
 use crate::counters::Counters;
-use crate::fault::{BackendFault, Refusal, SendError};
+use crate::fault::{BackendFault, JoinError, Refusal, SendError};
 use crate::flow::Steering;
-use crate::negotiate::{self, MAX_QUEUES};
-use crate::queue::{Maker, Queue};
+use crate::negotiate::MAX_QUEUES;
+use crate::queue::Queue;
 
-/// Nanoseconds until a connection that ended is tried again; doubled with each that ends in a fault.
-const FIRST_DELAY: u64 = 100_000_000;
-/// Doublings of [`FIRST_DELAY`] at most: about half a minute.
-const MAX_DOUBLINGS: u32 = 8;
-/// Pages that backends may have kept when connections ended (4 MiB): beyond it there are no further connections.
-const MAX_PARKED: usize = 1024;
+/// Multicast addresses of an interface at most: what backends take (`XEN_NETBK_MCAST_MAX` of Linux).
+pub const MAX_MULTICAST: usize = 64;
+/// Nanoseconds between two tries to take back pages that backends had kept; doubled each time to [`MAX_RECLAIM`].
+const RECLAIM: u64 = 1_000_000_000;
+const MAX_RECLAIM: u64 = 64 * RECLAIM;
+/// Parked pages looked at in one try.
+const RECLAIM_BATCH: usize = 64;
 
-/// How a frontend is set up.
+/// How a frontend is set up. All of it is what the interface can do; what a backend does not offer is not used with it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
     /// Which interface of this domain.
@@ -44,10 +45,22 @@ pub struct Config {
     pub split: bool,
     /// Pages of 4 KiB with the backend per queue, 1 to 256: packets of 64 KiB need 17.
     pub posted: u16,
+    /// Where the indices of the rings begin. Any will do, as they wrap at 2^32; a test begins just below that.
+    pub first_index: u32,
+    /// Whether a backend may see what packets to it have left in a page when the page carries another. Every page that is
+    /// granted is a packet's alone, in either case. The toolstack's `trusted` node, at 0, has the same effect as `false`.
+    pub trusted: bool,
+    /// Have the backend keep pages mapped, where it offers that (`XEN_NETIF_CTRL_TYPE_ADD_GREF_MAPPING`).
+    pub static_grants: bool,
+    /// Have the backend send only the multicast that was asked for by [`Frontend::join`], where it offers that. IPv6 asks
+    /// for neighbours by multicast.
+    pub multicast_filter: bool,
+    /// Bytes that the backend is to leave free at the start of each page, where it offers that (`xdp-headroom`).
+    pub headroom: PageOffset,
 }
 
 impl Config {
-    /// One queue with everything there is, and a full ring of pages.
+    /// One queue with everything there is, and a full ring of pages; all multicast, and no headroom.
     #[must_use]
     pub const fn new(handle: Handle) -> Self {
         let features = Features::SG
@@ -55,15 +68,23 @@ impl Config {
             .union(Features::GSO_TCPV6)
             .union(Features::IPV4_CSUM)
             .union(Features::IPV6_CSUM);
-        Self { handle, queues: 1, features, split: true, posted: 256 }
+        Self {
+            handle,
+            queues: 1,
+            features,
+            split: true,
+            posted: 256,
+            first_index: 0,
+            trusted: true,
+            static_grants: true,
+            multicast_filter: false,
+            headroom: PageOffset::ZERO,
+        }
     }
 }
 
 /// What a frontend can take at all.
 const KNOWN: Features = Config::new(Handle(0)).features;
-
-/// The nodes of our own directory that each look reads first.
-const OWN_KEYS: [&str; 5] = ["state", "backend", "backend-id", keys::MAC, keys::MTU];
 
 /// Something that the owner of an interface may want to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +103,15 @@ pub enum Notice {
     Faulted(BackendFault),
     /// There can be no connection now.
     Refused(Refusal),
+    /// The backend takes packets and has answered none for five seconds. Said once, until it answers again.
+    Stalled {
+        /// Of which queue.
+        queue: usize,
+    },
+    /// The store says another [`Frontend::mtu`] than before.
+    Mtu(Option<u16>),
+    /// The backend has no room for a multicast address: it sends all multicast from now on, if it can be asked to.
+    MulticastRefused,
     /// The interface was taken away.
     Removed,
 }
@@ -108,19 +138,29 @@ pub struct Frontend<H: Hypervisor> {
     backend: Option<(String, DomId)>,
     mac: Option<MacAddr>,
     mtu: Option<u16>,
+    /// The toolstack trusts the backend.
+    trusted: bool,
     /// What we last wrote; `None` before the first look.
     own: Option<State>,
     step: Step,
     /// Something changed since the last look began.
     dirty: bool,
+    /// The store may have missed what we wrote.
+    unsure: bool,
     /// The last look found that we may not read the backend's directory: it is gone, with the right to know so.
     hidden: bool,
     /// Whether a connection is wanted.
     wanted: bool,
+    /// The domain is about to be suspended.
+    suspended: bool,
+    /// Until when a backend may take to let go of what it keeps mapped, before the connection ends.
+    leaving: Option<Instant>,
     steering: Steering,
     queues: Vec<Queue<H>>,
+    control: Option<Control<H>>,
     /// Of a connection that has ended, until the backend has let go of them.
     retired: Vec<Queue<H>>,
+    retired_control: Option<Control<H>>,
     offered: Features,
     established: bool,
     /// Found while there was no client at hand.
@@ -128,6 +168,11 @@ pub struct Frontend<H: Hypervisor> {
     /// Connections that did not come about or ended in a fault, in a row.
     failures: u32,
     not_before: Option<Instant>,
+    /// When parked pages are looked at again, and how long after that.
+    reclaim: Option<(Instant, u64)>,
+    /// Addresses whose packets are to come, and changes of that which the backend has not been told.
+    multicast: Vec<MacAddr>,
+    untold: Vec<ExtraInfo>,
     ended: Counters,
     notices: Vec<Notice>,
     gone: bool,
@@ -159,337 +204,77 @@ impl<H: Hypervisor> Frontend<H> {
             backend: None,
             mac: None,
             mtu: None,
+            trusted: true,
             own: None,
             step: Step::Idle,
             dirty: true,
+            unsure: false,
             hidden: false,
             wanted: true,
+            suspended: false,
+            leaving: None,
             steering: Steering::new(),
             queues: Vec::new(),
+            control: None,
             retired: Vec::new(),
+            retired_control: None,
             offered: Features::empty(),
             established: false,
             fault: None,
             failures: 0,
             not_before: None,
+            reclaim: None,
+            multicast: Vec::new(),
+            untold: Vec::new(),
             ended: Counters::default(),
             notices: Vec::new(),
             gone: false,
         }
     }
 
-    /// Takes an event of the store client, if it is for this interface; says whether it was.
-    pub fn on_store(&mut self, client: &mut Client, event: &Event, now: Instant) -> bool {
-        match event {
-            Event::Watch { watch, .. }
-                if *watch == self.own_watch || Some(*watch) == self.watch =>
-            {
-                self.changed(client);
-                true
-            }
-            Event::Done { job, result } => self.done(client, *job, result, now),
-            Event::Watch { .. } => false,
-            Event::WatchFailed { watch, error } => {
-                let own = *watch == self.own_watch || Some(*watch) == self.watch;
-                if own {
-                    log::error!("{}: cannot watch: {error}", self.dir);
-                }
-                own
-            }
-        }
-    }
-
-    fn changed(&mut self, client: &mut Client) {
-        self.dirty = true;
-        self.look(client);
-    }
-
-    fn look(&mut self, client: &mut Client) {
-        if self.step != Step::Idle || !self.dirty || self.gone {
-            return;
-        }
-        self.dirty = false;
-        let hidden = core::mem::take(&mut self.hidden);
-        let mut paths: Vec<_> = OWN_KEYS.iter().map(|key| format!("{}/{key}", self.dir)).collect();
-        if let Some((backend, _)) = self.backend.as_ref().filter(|_| !hidden) {
-            paths.extend(["state", "online"].iter().map(|key| format!("{backend}/{key}")));
-        }
-        self.step = Step::Look(client.read_many(paths));
-    }
-
-    fn done(
-        &mut self,
-        client: &mut Client,
-        job: JobId,
-        result: &Result<Outcome, Error>,
-        now: Instant,
-    ) -> bool {
-        match self.step {
-            Step::Look(mine) | Step::Read(mine) | Step::Publish(mine) | Step::Write(mine)
-                if mine == job => {}
-            _ => return false,
-        }
-        match (core::mem::replace(&mut self.step, Step::Idle), result) {
-            (Step::Look(_), Ok(Outcome::Values(values))) => self.looked(client, values, now),
-            (Step::Read(_), Ok(Outcome::Values(values))) => {
-                if let Err(refusal) = self.publish(client, values, now) {
-                    self.refused(client, refusal, now);
-                }
-            }
-            (Step::Publish(_), Ok(_)) => self.write_states(client, &[State::Connected]),
-            (Step::Write(_), Ok(_)) => {}
-            (Step::Look(_), Err(Error::Store { at, .. })) if *at >= OWN_KEYS.len() => {
-                (self.hidden, self.dirty) = (true, true);
-            }
-            // Our own directory: not there yet, or taken away.
-            (Step::Look(_), Err(Error::Store { .. })) => {
-                if self.own.is_some() {
-                    self.remove(client);
-                }
-            }
-            // The store is gone, the backend is not: packets go on. Look again when the store is back.
-            (_, Err(Error::Disconnected)) => {
-                self.dirty = true;
-                return true;
-            }
-            (_, result) => {
-                log::error!("{}: store job failed: {result:?}", self.dir);
-                self.penalise(now);
-                self.end(client, on_fault(self.own.unwrap_or(State::Unknown)), now);
-            }
-        }
-        self.look(client);
-        true
-    }
-
-    fn looked(&mut self, client: &mut Client, values: &[Option<Vec<u8>>], now: Instant) {
-        let value = |index: usize| values.get(index).and_then(Option::as_deref);
-        let text = |index: usize| value(index).and_then(|text| core::str::from_utf8(text).ok());
-        let backend = text(1).zip(value(2).and_then(parse_u32).and_then(|id| id.try_into().ok()));
-        self.mac = text(3).and_then(|mac| mac.parse().ok());
-        self.mtu = value(4).and_then(parse_u32).and_then(|mtu| mtu.try_into().ok());
-        let Some((path, id)) = backend else {
-            // Not set up yet, or taken away.
-            if self.own.is_some() && value(0).is_none() {
-                self.remove(client);
-            }
-            return;
-        };
-        let backend = (String::from(path), DomId(id));
-        if self.backend.as_ref() != Some(&backend) {
-            self.meet(client, backend, State::parse(value(0)));
-            return;
-        }
-        if value(0).is_none() {
-            self.remove(client);
-            return;
-        }
-        let own = self.own.unwrap_or(State::Unknown);
-        let peer = State::parse(value(5));
-        if peer != State::Connected && peer != State::Reconfigured {
-            self.established = false;
-        }
-        if !matches!(peer, State::Connected | State::Reconfigured | State::Reconfiguring) {
-            self.retired.clear();
-        }
-        let mut action = on_backend(own, peer);
-        if own == State::Closed {
-            let online = value(6).and_then(parse_u32) == Some(1);
-            let ready = self.not_before.is_none_or(|at| at <= now);
-            action = match action {
-                _ if !self.wanted || !ready => Action::None,
-                Action::None if peer == State::Closed && online => restart(own),
-                action => action,
-            };
-        }
-        self.end(client, action, now);
-    }
-
-    /// The backend is another than was thought, or the first.
-    fn meet(&mut self, client: &mut Client, backend: (String, DomId), stored: State) {
-        if let Some(watch) = self.watch.take() {
-            client.unwatch(watch);
-        }
-        // Nothing of what the other was lent is its own any more; a page it still uses is parked.
-        self.disconnect();
-        self.retired.clear();
-        self.watch = Some(client.watch(format!("{}/state", backend.0)));
-        self.backend = Some(backend);
-        if self.own.is_none() && stored == State::Initialising {
-            self.own = Some(State::Initialising);
-        } else {
-            // What an earlier life of this domain left, or a change of backend: start at the start.
-            self.write_states(client, &[State::Closed, State::Initialising]);
-        }
-        self.changed(client);
-    }
-
-    fn end(&mut self, client: &mut Client, action: Action, now: Instant) {
-        match action {
-            Action::None | Action::Reconfigure => {}
-            Action::Switch(states) => {
-                if self.not_before.is_none() && states == [State::Closed] {
-                    self.not_before = Some(now.after(FIRST_DELAY));
-                }
-                self.write_states(client, states);
-            }
-            Action::Connect => {
-                if let Some((backend, _)) = &self.backend {
-                    let keys = negotiate::backend_keys().map(|key| format!("{backend}/{key}"));
-                    self.step = Step::Read(client.read_many(keys));
-                }
-            }
-            Action::Established => {
-                if !self.established && !self.queues.is_empty() {
-                    self.established = true;
-                    self.failures = 0;
-                    let (queues, features) = (self.queues.len(), self.offered);
-                    self.notices.push(Notice::Connected { queues, features });
-                }
-            }
-            Action::Disconnect { then } | Action::Fault { then } => {
-                self.disconnect();
-                if then.contains(&State::Closed) {
-                    // The backend has let go already: it says so by its state.
-                    self.retired.clear();
-                }
-                self.not_before.get_or_insert(now.after(FIRST_DELAY));
-                self.write_states(client, then);
-            }
-            Action::Remove { .. } => self.remove(client),
-        }
-    }
-
-    /// Makes the queues and tells the backend of them.
-    fn publish(
-        &mut self,
-        client: &mut Client,
-        values: &[Option<Vec<u8>>],
-        now: Instant,
-    ) -> Result<(), Refusal> {
-        let offer = negotiate::parse(values)?;
-        let Some((_, backend)) = self.backend else { return Ok(()) };
-        if self.table.parked() > MAX_PARKED {
-            return Err(Refusal::Parked(self.table.parked()));
-        }
-        let maker = Maker {
-            table: &self.table,
-            binder: &self.binder,
-            backend,
-            offered: offer.features,
-            posted: self.config.posted,
-            now,
-        };
-        let split = self.config.split && offer.features.contains(Features::SPLIT);
-        let count = self.config.queues.min(offer.queues);
-        self.queues = (0..count).map(|_| maker.make(split)).collect::<Result<_, _>>()?;
-        self.offered = offer.features;
-        let nodes: Vec<_> = self.queues.iter().map(Queue::nodes).collect();
-        let changes = negotiate::describe(&self.dir, self.config.features, &nodes);
-        self.step = Step::Publish(client.commit(changes));
-        Ok(())
-    }
-
-    fn refused(&mut self, client: &mut Client, refusal: Refusal, now: Instant) {
-        self.notices.push(Notice::Refused(refusal));
-        self.penalise(now);
-        self.report(client, &format!("{refusal}"));
-        self.end(client, on_fault(self.own.unwrap_or(State::Unknown)), now);
-    }
-
-    fn penalise(&mut self, now: Instant) {
-        self.not_before = Some(now.after(FIRST_DELAY << self.failures.min(MAX_DOUBLINGS)));
-        self.failures = self.failures.saturating_add(1);
-    }
-
-    fn report(&self, client: &mut Client, error: &str) {
-        log::error!("{}: {error}", self.dir);
-        client.commit([Change::Write {
-            path: format!("error/{}/error", self.dir),
-            value: error.as_bytes().to_vec(),
-        }]);
-    }
-
-    /// Stops using the queues; their pages are kept until the backend has let go.
-    fn disconnect(&mut self) {
-        if self.queues.is_empty() {
-            return;
-        }
-        let mut sum = self.counters();
-        sum.tx.lost += self.queues.iter().map(Queue::in_flight).sum::<u64>();
-        self.ended = sum;
-        self.retired = core::mem::take(&mut self.queues);
-        self.established = false;
-        self.offered = Features::empty();
-        self.notices.push(Notice::Disconnected);
-    }
-
-    fn remove(&mut self, client: &mut Client) {
-        if self.gone {
-            return;
-        }
-        self.gone = true;
-        self.disconnect();
-        self.retired.clear();
-        client.unwatch(self.own_watch);
-        if let Some(watch) = self.watch.take() {
-            client.unwatch(watch);
-        }
-        self.notices.push(Notice::Removed);
-    }
-
-    fn write_states(&mut self, client: &mut Client, states: &[State]) {
-        // One commit each: the backend may wait for any of them.
-        for &state in states {
-            self.own = Some(state);
-            self.step = Step::Write(client.commit([Change::Update {
-                path: format!("{}/state", self.dir),
-                value: state.text().into(),
-            }]));
-        }
-    }
-
-    /// Ends the connection, and stays so until [`open`](Self::open).
-    pub fn close(&mut self, client: &mut Client, now: Instant) {
-        self.wanted = false;
-        if let Some(own) = self.own {
-            self.end(client, on_fault(own), now);
-        }
-    }
-
-    /// Wants a connection again.
-    pub fn open(&mut self, client: &mut Client) {
-        self.wanted = true;
-        self.not_before = None;
-        self.changed(client);
-    }
-
     /// An event came on `port`; says whether the port is one of this interface's.
     pub fn on_event(&mut self, port: Port) -> bool {
-        self.queues.iter_mut().chain(&mut self.retired).any(|queue| queue.on_event(port))
+        let control = self.control.iter_mut().chain(&mut self.retired_control);
+        self.queues.iter_mut().chain(&mut self.retired).any(|queue| queue.on_event(port)) || {
+            control
+        }
+        .any(|control| control.on_event(port))
     }
 
     /// Takes responses, posts pages again, shows the backend what was sent, and ends events. To be called after events,
     /// and after packets were sent or received. Answers whether there is more to do at once: packets wait to be received,
     /// or there is room again for a sender that was told [`SendError::Full`].
     pub fn poll(&mut self, client: &mut Client, now: Instant) -> bool {
-        if self.not_before.is_some_and(|at| at <= now) {
-            self.not_before = None;
-            self.changed(client);
+        if self.suspended {
+            return false;
         }
-        let mut more = false;
-        for queue in &mut self.queues {
+        self.keep_time(client, now);
+        self.tell_multicast();
+        let (mut more, mut refused) = (false, false);
+        for (index, queue) in self.queues.iter_mut().enumerate() {
             match queue.poll(now) {
-                Ok(waiting) => more |= waiting,
+                Ok(polled) => {
+                    more |= polled.more;
+                    refused |= queue.take_multicast_refused();
+                    if polled.stalled {
+                        self.notices.push(Notice::Stalled { queue: index });
+                    }
+                }
                 Err(fault) => self.fault = self.fault.or(Some(fault)),
             }
         }
+        if let Some(control) = &mut self.control
+            && (self.established || self.leaving.is_some())
+            && let Err(fault) = control.poll(&mut self.queues, now)
+        {
+            self.fault = self.fault.or(Some(fault));
+        }
         if let Some(fault) = self.fault.take() {
-            self.notices.push(Notice::Faulted(fault));
-            self.penalise(now);
-            self.report(client, &format!("{fault}"));
-            self.end(client, on_fault(self.own.unwrap_or(State::Unknown)), now);
+            self.faulted(client, fault, now);
             return false;
+        }
+        if refused && self.config.multicast_filter {
+            self.drop_filter(client);
         }
         more
     }
@@ -497,24 +282,37 @@ impl<H: Hypervisor> Frontend<H> {
     /// When [`poll`](Self::poll) is to be called though no event comes.
     #[must_use]
     pub fn deadline(&self) -> Option<Instant> {
-        self.queues.iter().filter_map(Queue::deadline).chain(self.not_before).min()
+        if self.suspended {
+            return None;
+        }
+        let queues = self.queues.iter().filter_map(Queue::deadline);
+        let control = self.control.as_ref().and_then(Control::deadline);
+        let reclaim = self.reclaim.map(|(at, _)| at);
+        queues.chain([control, self.not_before, self.leaving, reclaim].into_iter().flatten()).min()
     }
 
     /// Puts an Ethernet frame of up to 65,535 bytes, without trailer, on a queue. The backend sees it after the next
-    /// [`poll`](Self::poll). Packets of one flow belong on one queue, or their order is lost.
+    /// [`poll`](Self::poll). Packets of one flow belong on one queue, or their order is lost: [`queue_for`](Self::queue_for)
+    /// chooses so.
     ///
     /// # Errors
     /// As [`SendError`] says; nothing of the packet is sent then.
     pub fn send(&mut self, queue: usize, frame: &[u8], meta: Meta) -> Result<(), SendError> {
-        if !self.established {
+        if !self.is_open() {
             return Err(SendError::NotConnected);
         }
         self.queues.get_mut(queue).ok_or(SendError::NoQueue)?.send(frame, meta)
     }
 
-    /// The next packet of a queue, into `frame`, which is emptied first.
+    /// Whether packets may be sent this moment.
+    fn is_open(&self) -> bool {
+        self.established && !self.suspended
+    }
+
+    /// The next packet of a queue, into `frame`, whose length becomes the packet's and whose contents are replaced. Without
+    /// a packet `frame` is left alone.
     pub fn receive(&mut self, queue: usize, frame: &mut Vec<u8>) -> Option<Meta> {
-        if self.fault.is_some() {
+        if self.fault.is_some() || self.suspended {
             return None;
         }
         match self.queues.get_mut(queue)?.receive(frame) {
@@ -535,7 +333,7 @@ impl<H: Hypervisor> Frontend<H> {
     /// Whether `packets` of the largest kind would find room on each queue. If not, somebody waits for it from now on.
     #[cfg(feature = "smoltcp")]
     pub(crate) fn has_room(&mut self, packets: usize) -> bool {
-        let mut room = self.established;
+        let mut room = self.is_open();
         for queue in &mut self.queues {
             // All are asked: each is to say when it has room again.
             room &= queue.has_room(packets);
@@ -547,6 +345,74 @@ impl<H: Hypervisor> Frontend<H> {
     #[cfg(feature = "smoltcp")]
     pub(crate) fn count_bad_checksum(&mut self) {
         self.ended.rx.checksum += 1;
+    }
+
+    /// Wants packets to a multicast address. It makes a difference with [`Config::multicast_filter`] alone.
+    ///
+    /// # Errors
+    /// It is not a multicast address, or there are [`MAX_MULTICAST`] already.
+    pub fn join(&mut self, address: MacAddr) -> Result<(), JoinError> {
+        if !address.is_multicast() {
+            return Err(JoinError::NotMulticast(address));
+        }
+        if self.multicast.contains(&address) {
+            return Ok(());
+        }
+        if self.multicast.len() >= MAX_MULTICAST {
+            return Err(JoinError::TooMany);
+        }
+        self.multicast.push(address);
+        self.change_multicast(ExtraInfo::McastAdd(address));
+        Ok(())
+    }
+
+    /// Wants them no longer.
+    pub fn leave(&mut self, address: MacAddr) {
+        let before = self.multicast.len();
+        self.multicast.retain(|joined| *joined != address);
+        if self.multicast.len() < before {
+            self.change_multicast(ExtraInfo::McastDel(address));
+        }
+    }
+
+    fn change_multicast(&mut self, change: ExtraInfo) {
+        if self.has_filter() && self.established {
+            // What was not told and is undone need not be told at all.
+            let undone = match change {
+                ExtraInfo::McastDel(address) => ExtraInfo::McastAdd(address),
+                ExtraInfo::McastAdd(address) => ExtraInfo::McastDel(address),
+                other => other,
+            };
+            let before = self.untold.len();
+            self.untold.retain(|untold| *untold != undone);
+            if self.untold.len() == before {
+                self.untold.push(change);
+            }
+        }
+    }
+
+    /// Whether the backend was asked to filter multicast.
+    fn has_filter(&self) -> bool {
+        self.config.multicast_filter && self.offered.contains(Features::MULTICAST_CONTROL)
+    }
+
+    /// Tells the backend of changes to the multicast filter, as far as there is room.
+    fn tell_multicast(&mut self) {
+        let Some(queue) = self.queues.first_mut() else { return };
+        let told = self.untold.iter().take_while(|change| queue.multicast(**change).is_ok());
+        let told = told.count();
+        self.untold.drain(..told);
+    }
+
+    /// The filter has no room for what is wanted: without it all multicast comes.
+    fn drop_filter(&mut self, client: &mut Client) {
+        self.config.multicast_filter = false;
+        self.untold.clear();
+        self.notices.push(Notice::MulticastRefused);
+        if self.offered.contains(Features::DYNAMIC_MULTICAST) {
+            let path = format!("{}/{}", self.dir, REQUEST_MULTICAST_CONTROL);
+            client.commit([Change::Write { path, value: b"0".to_vec() }]);
+        }
     }
 
     /// What has happened since the last call.
@@ -584,10 +450,16 @@ impl<H: Hypervisor> Frontend<H> {
         self.mac
     }
 
-    /// Bytes of payload per packet, if the toolstack says.
+    /// Bytes of payload per packet, if the toolstack says. It may change: see [`Notice::Mtu`].
     #[must_use]
     pub fn mtu(&self) -> Option<u16> {
         self.mtu
+    }
+
+    /// Pages that the backend keeps mapped.
+    #[must_use]
+    pub fn static_grants(&self) -> usize {
+        self.control.as_ref().map_or(0, Control::static_grants)
     }
 
     /// What this interface has done, over all its connections.

@@ -4,6 +4,7 @@
 
 extern crate alloc;
 
+mod control;
 mod counters;
 #[cfg(feature = "smoltcp")]
 pub mod device;
@@ -16,8 +17,8 @@ mod rx;
 mod tx;
 
 pub use counters::{Counters, RxCounters, TxCounters};
-pub use fault::{BackendFault, Refusal, SendError};
-pub use frontend::{Config, Frontend, Notice};
+pub use fault::{BackendFault, JoinError, Refusal, SendError};
+pub use frontend::{Config, Frontend, MAX_MULTICAST, Notice};
 pub use negotiate::MAX_QUEUES;
 
 use netif::offload::{Checksum, Gso};

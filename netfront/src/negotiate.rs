@@ -4,7 +4,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use hypercall::{GrantRef, Port};
+use hypercall::{GrantRef, PageOffset, Port};
 use netif::keys::{self, Features, QueueKey};
 use xenbus::client::Change;
 use xenbus::device::parse_u32;
@@ -65,6 +65,10 @@ pub(crate) struct QueueNodes {
     pub(crate) ports: Ports,
 }
 
+/// The features that are about the packets an end takes.
+const TAKEN: Features =
+    Features::SG.union(Features::GSO_TCPV4).union(Features::GSO_TCPV6).union(Features::IPV6_CSUM);
+
 const PER_QUEUE: [&str; 5] = [
     keys::TX_RING_REF,
     keys::RX_RING_REF,
@@ -73,9 +77,22 @@ const PER_QUEUE: [&str; 5] = [
     keys::EVENT_CHANNEL_RX,
 ];
 
-/// The keys by which a frontend with directory `dir` describes itself: `queues`, and that it takes `features`. Keys of an
-/// earlier connection with other queues or ports are removed, as the backend could not tell them apart.
-pub(crate) fn describe(dir: &str, features: Features, queues: &[QueueNodes]) -> Vec<Change> {
+/// What the backend has to know besides the queues.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Wishes {
+    /// What packets may come in.
+    pub(crate) features: Features,
+    /// The control ring, if there is one.
+    pub(crate) control: Option<(GrantRef, Port)>,
+    pub(crate) multicast_filter: bool,
+    /// Of backends that leave headroom.
+    pub(crate) headroom: Option<PageOffset>,
+}
+
+/// The keys by which a frontend with directory `dir` describes itself and its queues. Keys of an earlier connection with
+/// other queues or ports are removed, as the backend could not tell them apart.
+pub(crate) fn describe(dir: &str, wishes: &Wishes, queues: &[QueueNodes]) -> Vec<Change> {
+    let features = wishes.features;
     let count = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
     let mut changes = Vec::new();
     let mut put = |key: String, value: Option<u32>| {
@@ -86,8 +103,8 @@ pub(crate) fn describe(dir: &str, features: Features, queues: &[QueueNodes]) -> 
         });
     };
     for (feature, key) in Features::KEYS {
-        // The backend says the other two kinds of these, and a frontend only what it takes.
-        if !matches!(feature, Features::SPLIT | Features::RX_COPY) {
+        // A frontend says only what packets it takes; the rest of these are the backend's.
+        if TAKEN.contains(feature) {
             put(key.into(), Some(features.contains(feature).into()));
         }
     }
@@ -95,6 +112,10 @@ pub(crate) fn describe(dir: &str, features: Features, queues: &[QueueNodes]) -> 
     put(keys::FEATURE_NO_CSUM_OFFLOAD.into(), Some(no_csum.into()));
     put(keys::REQUEST_RX_COPY.into(), Some(1));
     put(keys::FEATURE_RX_NOTIFY.into(), Some(1));
+    put(keys::REQUEST_MULTICAST_CONTROL.into(), Some(wishes.multicast_filter.into()));
+    put(keys::XDP_HEADROOM.into(), wishes.headroom.map(|headroom| headroom.get().into()));
+    put(keys::CTRL_RING_REF.into(), wishes.control.map(|(gref, _)| gref.0));
+    put(keys::EVENT_CHANNEL_CTRL.into(), wishes.control.map(|(_, port)| port.0));
     put(keys::MULTI_QUEUE_NUM_QUEUES.into(), Some(count.into()));
     if count > 1 {
         for key in PER_QUEUE {
@@ -163,9 +184,19 @@ mod tests {
         let removed = |changes: &[Change], name: &str| {
             changes.iter().any(|change| matches!(change, Change::Rm { path } if path == name))
         };
-        let one = describe("d", Features::SG, &[queue(8)]);
-        assert!(removed(&one, "d/queue-1") && removed(&one, "d/event-channel-tx"));
-        let two = describe("d", Features::SG, &[queue(8), queue(10)]);
+        let wishes = Wishes {
+            features: Features::SG,
+            control: None,
+            multicast_filter: false,
+            headroom: None,
+        };
+        let one = describe("d", &wishes, &[queue(8)]);
+        assert!(
+            removed(&one, "d/ctrl-ring-ref")
+                && removed(&one, "d/queue-1")
+                && removed(&one, "d/event-channel-tx")
+        );
+        let two = describe("d", &wishes, &[queue(8), queue(10)]);
         assert!(removed(&two, "d/tx-ring-ref") && removed(&two, "d/queue-1/event-channel-rx"));
         assert!(!removed(&two, "d/queue-1/event-channel"));
     }

@@ -8,6 +8,7 @@ use evtchn::{Binder, Channel, Eoi, Work};
 use grant::{GrantTable, GrantedPage, SharedMemory};
 use hypercall::{DomId, GrantRef, Hypervisor, Instant, Port};
 use netif::keys::Features;
+use netif::slot::ExtraInfo;
 
 use crate::Meta;
 use crate::counters::Counters;
@@ -15,6 +16,9 @@ use crate::fault::{BackendFault, Refusal, SendError};
 use crate::negotiate::{Ports, QueueNodes};
 use crate::rx::RxQueue;
 use crate::tx::TxQueue;
+
+/// Nanoseconds between two looks at a queue of which nothing is heard: a notification may have been lost.
+const SLOW_POLL: u64 = 1_000_000_000;
 
 /// The page of a ring: granted for as long as the ring is there.
 pub(crate) struct RingPage<H: Hypervisor>(GrantedPage<H>);
@@ -61,15 +65,21 @@ pub(crate) struct Maker<'a, H: Hypervisor> {
     pub(crate) offered: Features,
     /// Requests to have posted.
     pub(crate) posted: u16,
+    /// Where the rings' indices begin.
+    pub(crate) first_index: u32,
+    /// What pages held before may be seen by the backend again.
+    pub(crate) trusted: bool,
+    /// The backend may be asked to keep pages mapped.
+    pub(crate) static_grants: bool,
     pub(crate) now: Instant,
 }
 
 impl<H: Hypervisor> Maker<'_, H> {
-    fn page(&self) -> Result<RingPage<H>, Refusal> {
+    pub(crate) fn page(&self) -> Result<RingPage<H>, Refusal> {
         Ok(RingPage(self.table.share(self.backend, false)?))
     }
 
-    fn channel(&self) -> Result<Channel<H>, Refusal> {
+    pub(crate) fn channel(&self) -> Result<Channel<H>, Refusal> {
         self.binder.alloc_unbound(self.backend).map_err(Refusal::Port)
     }
 
@@ -81,14 +91,15 @@ impl<H: Hypervisor> Maker<'_, H> {
             Channels::Shared(self.channel()?)
         };
         Ok(Queue {
-            tx: TxQueue::new(self.backend, self.offered, self.table, self.page()?),
-            rx: RxQueue::new(self.backend, self.table, self.page()?, self.posted, self.now),
+            tx: TxQueue::new(self, self.page()?),
+            rx: RxQueue::new(self, self.page()?),
             channels,
             tx_event: false,
             rx_event: false,
             tx_worked: false,
             rx_worked: false,
             spurious: 0,
+            next_poll: self.now.after(SLOW_POLL),
         })
     }
 }
@@ -104,6 +115,17 @@ pub(crate) struct Queue<H: Hypervisor> {
     tx_worked: bool,
     rx_worked: bool,
     spurious: u64,
+    /// When to look though nothing calls for it.
+    next_poll: Instant,
+}
+
+/// What a poll came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Polled {
+    /// Packets wait to be received, or there is room again for a sender that found none.
+    pub(crate) more: bool,
+    /// The backend has begun to leave everything unanswered.
+    pub(crate) stalled: bool,
 }
 
 impl<H: Hypervisor> Queue<H> {
@@ -173,15 +195,41 @@ impl<H: Hypervisor> Queue<H> {
         }
     }
 
-    /// Takes TX responses, shows what there is to show, and ends events. Answers whether packets wait to be
-    /// received, or there is room again for a sender that found none.
-    pub(crate) fn poll(&mut self, now: Instant) -> Result<bool, BackendFault> {
-        let reaped = self.tx.reap()?;
+    /// Takes TX responses, shows what there is to show, and ends events.
+    pub(crate) fn poll(&mut self, now: Instant) -> Result<Polled, BackendFault> {
+        self.next_poll = now.after(SLOW_POLL);
+        let reaped = self.tx.reap(now)?;
         self.tx_worked |= reaped.worked;
         self.publish(now);
         let more = self.rx.arm()?;
         self.end_events(more, now);
-        Ok(more || reaped.room)
+        Ok(Polled { more: more || reaped.room, stalled: reaped.stalled })
+    }
+
+    pub(crate) fn multicast(&mut self, change: ExtraInfo) -> Result<(), SendError> {
+        self.tx.multicast(change)
+    }
+
+    pub(crate) fn take_multicast_refused(&mut self) -> bool {
+        self.tx.take_multicast_refused()
+    }
+
+    /// A reference that was granted and not yet given out here, and whether the backend only reads there.
+    pub(crate) fn take_fresh(&mut self) -> Option<(GrantRef, bool)> {
+        let tx = self.tx.take_fresh().map(|gref| (gref, true));
+        tx.or_else(|| self.rx.take_fresh().map(|gref| (gref, false)))
+    }
+
+    /// Nobody asks for fresh references any more.
+    pub(crate) fn keep_fresh(&mut self) {
+        self.tx.keep_fresh();
+        self.rx.keep_fresh();
+    }
+
+    /// Every reference to pages for packets that the backend knows of.
+    pub(crate) fn grefs(&self) -> impl Iterator<Item = (GrantRef, bool)> {
+        let tx = self.tx.grefs().map(|gref| (gref, true));
+        tx.chain(self.rx.grefs().map(|gref| (gref, false)))
     }
 
     /// The RX event goes on until all packets are received.
@@ -225,6 +273,7 @@ impl<H: Hypervisor> Queue<H> {
             Channels::Shared(both) => [both.throttled_until(), None],
             Channels::Split { tx, rx } => [tx.throttled_until(), rx.throttled_until()],
         };
-        channels.into_iter().chain([self.rx.deadline()]).flatten().min()
+        let own = [self.tx.deadline(), self.rx.deadline(), Some(self.next_poll)];
+        channels.into_iter().chain(own).flatten().min()
     }
 }

@@ -11,7 +11,7 @@ use netif::slot::{RxId, RxRequest};
 use crate::Meta;
 use crate::counters::RxCounters;
 use crate::fault::BackendFault;
-use crate::queue::RingPage;
+use crate::queue::{Maker, RingPage};
 
 /// Nanoseconds until a page that could not be had is asked for again (`xennet_alloc_rx_buffers` of Linux: a tenth of a
 /// second).
@@ -25,6 +25,8 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     gref: GrantRef,
     /// By slot; granted when first posted, and from then on.
     pages: Vec<Option<GrantedPage<H>>>,
+    /// References granted since they were last asked for; `None` if nobody asks.
+    fresh: Option<Vec<GrantRef>>,
     /// Requests to have with the backend.
     posted: u32,
     /// When to try again to get pages.
@@ -33,27 +35,38 @@ pub(crate) struct RxQueue<H: Hypervisor> {
 }
 
 impl<H: Hypervisor> RxQueue<H> {
-    pub(crate) fn new(
-        backend: DomId,
-        table: &GrantTable<H>,
-        page: RingPage<H>,
-        posted: u16,
-        now: Instant,
-    ) -> Self {
+    pub(crate) fn new(maker: &Maker<'_, H>, page: RingPage<H>) -> Self {
+        let slots = 0..RxFrontRing::<RingPage<H>>::ENTRIES as usize;
         let mut queue = Self {
-            backend,
-            table: table.clone(),
+            backend: maker.backend,
+            table: maker.table.clone(),
             gref: page.gref(),
-            ring: RxFrontRing::init(page),
-            pages: (0..RxFrontRing::<RingPage<H>>::ENTRIES).map(|_| None).collect(),
-            posted: posted.into(),
+            ring: RxFrontRing::init_at(page, maker.first_index),
+            fresh: maker.static_grants.then(|| Vec::with_capacity(slots.len())),
+            pages: slots.map(|_| None).collect(),
+            posted: maker.posted.into(),
             retry: None,
             counters: RxCounters::default(),
         };
         // Published before the backend can look: nobody is to be told.
-        queue.refill(now);
+        queue.refill(maker.now);
         let _ = queue.ring.publish();
         queue
+    }
+
+    /// A reference that was granted and not yet given out here.
+    pub(crate) fn take_fresh(&mut self) -> Option<GrantRef> {
+        self.fresh.as_mut()?.pop()
+    }
+
+    /// Nobody asks for fresh references any more.
+    pub(crate) fn keep_fresh(&mut self) {
+        self.fresh = None;
+    }
+
+    /// Every reference that the backend knows of.
+    pub(crate) fn grefs(&self) -> impl Iterator<Item = GrantRef> {
+        self.pages.iter().flatten().map(GrantedPage::gref)
     }
 
     /// The ring's page.
@@ -110,7 +123,12 @@ impl<H: Hypervisor> RxQueue<H> {
             let gref = match place {
                 Some(page) => page.gref(),
                 None => match self.table.share(self.backend, false) {
-                    Ok(page) => place.insert(page).gref(),
+                    Ok(page) => {
+                        if let Some(fresh) = &mut self.fresh {
+                            fresh.push(page.gref());
+                        }
+                        place.insert(page).gref()
+                    }
                     Err(error) => {
                         log::debug!("netfront: no page to post: {error}");
                         self.counters.no_memory += 1;

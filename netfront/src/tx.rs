@@ -1,18 +1,19 @@
 //! To the backend: bytes into granted pages, requests on the ring, responses off.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use grant::{GrantTable, GrantedPage, SharedMemory};
-use hypercall::{DomId, GrantRef, Hypervisor, PAGE_SIZE};
+use hypercall::{DomId, GrantRef, Hypervisor, Instant, PAGE_SIZE};
 use netif::keys::Features;
 use netif::offload::{Checksum, ETHERNET_HEADER, IpVersion};
 use netif::ring::{Notify, TxFrontRing};
-use netif::slot::{Extra, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
+use netif::slot::{Extra, ExtraInfo, TxFlags, TxId, TxRequest, TxResponse, TxStatus};
 
 use crate::Meta;
 use crate::counters::TxCounters;
 use crate::fault::{BackendFault, SendError};
-use crate::queue::RingPage;
+use crate::queue::{Maker, RingPage};
 
 /// Packets up to this many bytes do not all begin at the start of their page: data that lies at the same offset in every
 /// page shares few cache sets.
@@ -24,11 +25,34 @@ const STRIDE: usize = 64;
 #[cfg(feature = "smoltcp")]
 const MAX_PAGES: usize = (u16::MAX as usize).div_ceil(PAGE_SIZE);
 
-/// A page, and whether a request that names it is with the backend.
+/// Nanoseconds without an answer after which a backend is said to have stalled (as Linux's transmit watchdog).
+const WATCHDOG: u64 = 5_000_000_000;
+
+/// What a request that is with the backend is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Use {
+    Data,
+    Multicast,
+}
+
+/// A page, and what a request that names it is with the backend for.
 struct Buffer<H: Hypervisor> {
     /// Granted when first needed, and from then on.
     page: Option<GrantedPage<H>>,
-    in_flight: bool,
+    in_flight: Option<Use>,
+    /// Bytes of the page that packets have left there.
+    written: Range<usize>,
+}
+
+/// How long requests have been without any answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Watchdog {
+    /// There are none.
+    Idle,
+    /// Since then.
+    Since(Instant),
+    /// For so long that it was said.
+    Barked,
 }
 
 /// What [`TxQueue::reap`] came to.
@@ -38,6 +62,8 @@ pub(crate) struct Reaped {
     pub(crate) worked: bool,
     /// There is room again for somebody who was told that there is none.
     pub(crate) room: bool,
+    /// The backend has begun to leave everything unanswered.
+    pub(crate) stalled: bool,
 }
 
 /// One queue's way to the backend.
@@ -60,29 +86,36 @@ pub(crate) struct TxQueue<H: Hypervisor> {
     extras: u32,
     /// Somebody waits for room.
     blocked: bool,
+    /// Bytes that earlier packets left in a page are wiped, whoever may have seen them.
+    wipe: bool,
+    /// References granted since they were last asked for; `None` if nobody asks.
+    fresh: Option<Vec<GrantRef>>,
+    watchdog: Watchdog,
+    /// The backend refused a change of the multicast filter.
+    multicast_refused: bool,
     pub(crate) counters: TxCounters,
 }
 
 impl<H: Hypervisor> TxQueue<H> {
-    pub(crate) fn new(
-        backend: DomId,
-        features: Features,
-        table: &GrantTable<H>,
-        page: RingPage<H>,
-    ) -> Self {
+    pub(crate) fn new(maker: &Maker<'_, H>, page: RingPage<H>) -> Self {
         let ids = 0..TxFrontRing::<RingPage<H>>::ENTRIES as u16;
+        let empty = |_| Buffer { page: None, in_flight: None, written: 0..0 };
         Self {
-            backend,
-            features,
-            table: table.clone(),
+            backend: maker.backend,
+            features: maker.offered,
+            table: maker.table.clone(),
             gref: page.gref(),
-            ring: TxFrontRing::init(page),
+            ring: TxFrontRing::init_at(page, maker.first_index),
             pushed: false,
-            buffers: ids.clone().map(|_| Buffer { page: None, in_flight: false }).collect(),
+            buffers: ids.clone().map(empty).collect(),
             free: Vec::with_capacity(ids.len()),
+            fresh: maker.static_grants.then(|| Vec::with_capacity(ids.len())),
             bare: ids.rev().collect(),
             extras: 0,
             blocked: false,
+            wipe: !maker.trusted,
+            watchdog: Watchdog::Idle,
+            multicast_refused: false,
             counters: TxCounters::default(),
         }
     }
@@ -156,6 +189,9 @@ impl<H: Hypervisor> TxQueue<H> {
             let Some(buffer) = self.buffers.get_mut(usize::from(id)) else {
                 return Err(self.block());
             };
+            if let Some(fresh) = &mut self.fresh {
+                fresh.push(page.gref());
+            }
             buffer.page = Some(page);
             self.bare.pop();
             self.free.push(id);
@@ -186,6 +222,14 @@ impl<H: Hypervisor> TxQueue<H> {
         let places = if part.len() <= SPREAD { (PAGE_SIZE - SPREAD) / STRIDE } else { 1 };
         let offset = usize::from(id) % places * STRIDE;
         page.page().write_bytes(offset, part);
+        let written = offset..offset + part.len();
+        if self.wipe {
+            let Range { start, end } = buffer.written;
+            for rest in [start..end.min(written.start), start.max(written.end)..end] {
+                wipe(page, rest);
+            }
+            buffer.written = written;
+        }
         let request = TxRequest {
             gref: page.gref(),
             offset: offset as u16,
@@ -194,13 +238,74 @@ impl<H: Hypervisor> TxQueue<H> {
             size: total.unwrap_or(part.len() as u16),
         };
         self.ring.push(request).map_err(|_| SendError::Full)?;
-        buffer.in_flight = true;
+        buffer.in_flight = Some(Use::Data);
         Ok(())
     }
 
+    /// Asks the backend to let a multicast address through, or no longer; [`publish`](Self::publish) shows it.
+    pub(crate) fn multicast(&mut self, change: ExtraInfo) -> Result<(), SendError> {
+        self.reserve(2, 1)?;
+        let id = self.free.pop().ok_or(SendError::Full)?;
+        let buffer = self.buffers.get_mut(usize::from(id)).ok_or(SendError::Full)?;
+        let gref = buffer.page.as_ref().ok_or(SendError::Full)?.gref();
+        // Without data; the reference is not looked at.
+        let request =
+            TxRequest { gref, offset: 0, flags: TxFlags::EXTRA_INFO, id: TxId(id), size: 0 };
+        let extra = TxRequest::from_extra(Extra { more: false, info: change });
+        for request in [request, extra] {
+            self.ring.push(request).map_err(|_| SendError::Full)?;
+        }
+        buffer.in_flight = Some(Use::Multicast);
+        self.extras += 1;
+        self.pushed = true;
+        Ok(())
+    }
+
+    /// Whether the backend has refused a change of the multicast filter since the last call.
+    pub(crate) fn take_multicast_refused(&mut self) -> bool {
+        core::mem::take(&mut self.multicast_refused)
+    }
+
+    /// A reference that was granted and not yet given out here.
+    pub(crate) fn take_fresh(&mut self) -> Option<GrantRef> {
+        self.fresh.as_mut()?.pop()
+    }
+
+    /// Nobody asks for fresh references any more.
+    pub(crate) fn keep_fresh(&mut self) {
+        self.fresh = None;
+    }
+
+    /// Every reference that the backend knows of.
+    pub(crate) fn grefs(&self) -> impl Iterator<Item = GrantRef> {
+        self.buffers.iter().filter_map(|buffer| Some(buffer.page.as_ref()?.gref()))
+    }
+
+    /// When [`reap`](Self::reap) is to look whether the backend has stalled.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match self.watchdog {
+            Watchdog::Since(since) => Some(since.after(WATCHDOG)),
+            Watchdog::Idle | Watchdog::Barked => None,
+        }
+    }
+
     /// Takes responses.
-    pub(crate) fn reap(&mut self) -> Result<Reaped, BackendFault> {
-        let mut reaped = Reaped { worked: false, room: false };
+    pub(crate) fn reap(&mut self, now: Instant) -> Result<Reaped, BackendFault> {
+        let mut reaped = self.take_responses()?;
+        self.watchdog = match self.watchdog {
+            _ if self.ring.outstanding() == 0 => Watchdog::Idle,
+            Watchdog::Since(since) if !reaped.worked && since.after(WATCHDOG) <= now => {
+                reaped.stalled = true;
+                Watchdog::Barked
+            }
+            watchdog if !reaped.worked && watchdog != Watchdog::Idle => watchdog,
+            _ => Watchdog::Since(now),
+        };
+        Ok(reaped)
+    }
+
+    fn take_responses(&mut self) -> Result<Reaped, BackendFault> {
+        let mut reaped = Reaped { worked: false, room: false, stalled: false };
         loop {
             self.ring.poll()?;
             while let Some((_, response)) = self.ring.take() {
@@ -224,9 +329,14 @@ impl<H: Hypervisor> TxQueue<H> {
             return Ok(());
         }
         let id = response.id;
-        let buffer = self.buffers.get_mut(usize::from(id.0)).filter(|buffer| buffer.in_flight);
-        buffer.ok_or(BackendFault::NotInFlight(id))?.in_flight = false;
+        let buffer = self.buffers.get_mut(usize::from(id.0));
+        let used = buffer.and_then(|buffer| buffer.in_flight.take());
+        let used = used.ok_or(BackendFault::NotInFlight(id))?;
         self.free.push(id.0);
+        if used == Use::Multicast {
+            self.multicast_refused |= response.status != TxStatus::OKAY;
+            return Ok(());
+        }
         match response.status {
             TxStatus::OKAY => self.counters.completed += 1,
             TxStatus::DROPPED | TxStatus::ERROR => self.counters.failed += 1,
@@ -246,6 +356,15 @@ impl<H: Hypervisor> TxQueue<H> {
             self.counters.notifications += 1;
         }
         notify
+    }
+}
+
+/// Zeroes a part of a page, for which `range` may be empty.
+fn wipe<H: Hypervisor>(page: &GrantedPage<H>, range: Range<usize>) {
+    const ZEROS: [u8; 256] = [0; 256];
+    for at in range.clone().step_by(ZEROS.len()) {
+        let (zeros, _) = ZEROS.split_at(range.end.saturating_sub(at).min(ZEROS.len()));
+        page.page().write_bytes(at, zeros);
     }
 }
 

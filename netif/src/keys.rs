@@ -36,6 +36,8 @@ pub const FEATURE_NO_CSUM_OFFLOAD: &str = "feature-no-csum-offload";
 pub const FEATURE_RX_FLIP: &str = "feature-rx-flip";
 /// Backend: 0 if the link is down.
 pub const CARRIER: &str = "carrier";
+/// Backend, from the toolstack: `BYTES,USECS`, what the guest may send per interval.
+pub const RATE: &str = "rate";
 /// Frontend, from the toolstack: 0 if the backend is not to be trusted.
 pub const TRUSTED: &str = "trusted";
 /// Both, from the toolstack: the guest's address.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -77,6 +77,7 @@ pub(crate) struct Handle {
     pub(crate) bits: Bits,
     pub(crate) tally: Tally,
     features: AtomicU32,
+    suspended: AtomicBool,
     callback: Mutex<Option<Callback>>,
     changed: Condvar,
     hooks: Mutex<Vec<(Kind, Callback)>>,
@@ -99,6 +100,20 @@ impl Handle {
 
     pub(crate) fn set_features(&self, bits: u32) {
         self.features.store(bits, Ordering::SeqCst);
+    }
+
+    /// Answers what it was before.
+    pub(crate) fn set_suspended(&self, suspended: bool) -> bool {
+        self.suspended.swap(suspended, Ordering::SeqCst)
+    }
+
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::SeqCst)
+    }
+
+    /// Whether there is an upcall and the domain is there to take it.
+    pub(crate) fn takes_upcall(&self, vcpu: VcpuId) -> bool {
+        !self.is_suspended() && self.bits.upcall_pending(vcpu)
     }
 
     pub(crate) fn set_callback(&self, callback: Option<Callback>) {
@@ -125,6 +140,9 @@ impl Handle {
 
     /// An upcall has become pending: wakes who waits, and calls who wants to be called. Never under the machine's lock.
     pub(crate) fn wake(&self) {
+        if self.is_suspended() {
+            return;
+        }
         let callback = {
             let callback = self.callback();
             self.changed.notify_all();
@@ -139,7 +157,7 @@ impl Handle {
     pub(crate) fn wait(&self, vcpu: VcpuId, timeout: Duration) -> bool {
         let end = Instant::now() + timeout;
         let mut guard = self.callback();
-        while !self.bits.upcall_pending(vcpu) {
+        while !self.takes_upcall(vcpu) {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -159,6 +177,9 @@ pub(crate) struct Domain {
     pub(crate) cache_flush: bool,
     pub(crate) vcpus: u32,
     pub(crate) dying: bool,
+    /// How often it was resumed with everything new.
+    pub(crate) life: u32,
+    pub(crate) store_port: bool,
     pub(crate) shutdown: Option<ShutdownReason>,
     pub(crate) memory: Memory,
     pub(crate) grants: Grants,
@@ -177,6 +198,7 @@ impl Domain {
                 bits,
                 tally: Tally::default(),
                 features: AtomicU32::new(config.features),
+                suspended: AtomicBool::new(false),
                 callback: Mutex::new(None),
                 changed: Condvar::new(),
                 hooks: Mutex::default(),
@@ -185,6 +207,8 @@ impl Domain {
             cache_flush: config.cache_flush,
             vcpus: config.vcpus,
             dying: false,
+            life: 0,
+            store_port: config.store_port,
             shutdown: None,
             memory,
             grants: Grants::new(config.grant_frames, config.maptrack),

@@ -118,6 +118,11 @@ impl Bits {
         self.0.long(layout::PENDING + word * 8).fetch_and(!bit, Ordering::SeqCst);
     }
 
+    /// As a domain finds them when it begins.
+    pub(crate) fn clear(self) {
+        self.0.fill(0);
+    }
+
     pub(crate) fn is_pending(self, port: Port) -> bool {
         let (word, bit) = Self::place(port);
         self.0.long(layout::PENDING + word * 8).load(Ordering::SeqCst) & bit != 0

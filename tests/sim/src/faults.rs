@@ -76,6 +76,38 @@ kinds! {
 
 const KINDS: usize = Kind::ALL.len();
 
+impl Kind {
+    /// Whether its calls are batches of operations with a status each.
+    #[must_use]
+    pub const fn is_batch(self) -> bool {
+        matches!(self, Self::Copy | Self::Map | Self::Unmap)
+    }
+
+    /// What is most likely to go wrong with it on real Xen: for batches with one operation, else with the call.
+    #[must_use]
+    pub const fn natural_fault(self) -> Fault {
+        match self {
+            Self::Copy | Self::Unmap => Fault::Status(GrantStatus::GENERAL_ERROR),
+            Self::Map => Fault::Status(GrantStatus::NO_SPACE),
+            _ => Fault::Errno(self.natural_errno()),
+        }
+    }
+
+    const fn natural_errno(self) -> Errno {
+        match self {
+            Self::Features | Self::Copy | Self::Map | Self::Unmap => Errno::FAULT,
+            Self::AllocUnbound | Self::BindVirq | Self::TableFrame => Errno::NOSPC,
+            Self::AllocPages | Self::Window | Self::Populate | Self::MapForeign => Errno::NOMEM,
+            Self::Notify | Self::BindInterdomain | Self::Unmask | Self::Close => Errno::INVAL,
+            Self::CacheFlush | Self::HvmParam | Self::SetHvmParam => Errno::INVAL,
+            Self::TableSize => Errno::PERM,
+            Self::DomainInfo => Errno::SRCH,
+            Self::DestroyDomain => Errno::BUSY,
+            Self::UnmapForeign => Errno::NOENT,
+        }
+    }
+}
+
 /// Calls, operations within them (for those that take batches) and bytes copied.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
@@ -129,6 +161,27 @@ impl Hypercalls {
         self.ops.get(kind as usize).copied().unwrap_or(0)
     }
 
+    /// All that can go wrong by itself: each call, and each operation of a batch whose operations have statuses. One more than
+    /// the highest `passed` that [`FaultPlan::step`] has any use for, on a trace that does just this.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        let of =
+            |kind: &Kind| self.calls(*kind) + if kind.is_batch() { self.ops(*kind) } else { 0 };
+        Kind::ALL.iter().map(of).sum()
+    }
+
+    /// Calls of all kinds: what [`FaultPlan::any`] counts for faults of calls.
+    #[must_use]
+    pub fn all_calls(&self) -> u64 {
+        Kind::ALL.iter().map(|kind| self.calls(*kind)).sum()
+    }
+
+    /// Operations of all batches whose operations have statuses: what [`FaultPlan::any`] counts for faults of operations.
+    #[must_use]
+    pub fn all_ops(&self) -> u64 {
+        self.steps() - self.all_calls()
+    }
+
     /// Bytes moved by grant copies that succeeded.
     #[must_use]
     pub fn bytes_copied(&self) -> u64 {
@@ -180,11 +233,18 @@ pub enum Fault {
     Status(GrantStatus),
     /// One operation of a batch is not done and its status is left as it was.
     Untouched,
+    /// A call, or an operation of a batch, whichever is next: it fails as is most natural for its kind. A call of which an
+    /// operation fails so has succeeded; one that fails itself has done nothing.
+    Natural,
 }
 
 impl Fault {
-    fn is_of_call(self) -> bool {
-        matches!(self, Self::Errno(_) | Self::Partial(..))
+    fn is_for(self, of_call: bool) -> bool {
+        match self {
+            Self::Errno(_) | Self::Partial(..) => of_call,
+            Self::Status(_) | Self::Untouched => !of_call,
+            Self::Natural => true,
+        }
     }
 }
 
@@ -194,7 +254,7 @@ pub struct FaultPlan {
     /// Only operations of this kind; `None` for any.
     pub kind: Option<Kind>,
     /// How many to let pass. For [`Fault::Errno`] and [`Fault::Partial`] these are calls, for the others operations
-    /// within batches.
+    /// within batches; for [`Fault::Natural`] they are steps: both, in the order in which Xen comes to them.
     pub after: u64,
     /// How many to hit then.
     pub times: u64,
@@ -221,10 +281,18 @@ impl FaultPlan {
         Self { kind: Some(kind), after: passed, times: 1, fault }
     }
 
-    /// The one after `passed` others, of whatever kind.
+    /// The one after `passed` others, of whatever kind: for [`Fault::Errno`] and [`Fault::Partial`] a call, for
+    /// [`Fault::Status`] and [`Fault::Untouched`] an operation of a batch, each in one sequence over all that the domain does.
     #[must_use]
     pub const fn any(passed: u64, fault: Fault) -> Self {
         Self { kind: None, after: passed, times: 1, fault }
+    }
+
+    /// The step after `passed` others goes wrong in the way that is natural for it, whether it is a call or an operation.
+    /// For every `passed` below the [`Hypercalls::steps`] of a trace: everything that the trace does fails once.
+    #[must_use]
+    pub const fn step(passed: u64) -> Self {
+        Self::any(passed, Fault::Natural)
     }
 }
 
@@ -251,7 +319,7 @@ impl Faults {
         }
         let mut hit = None;
         for plan in &mut self.0 {
-            if plan.kind.is_some_and(|only| only != kind) || plan.fault.is_of_call() != of_call {
+            if plan.kind.is_some_and(|only| only != kind) || !plan.fault.is_for(of_call) {
                 continue;
             }
             if plan.after > 0 {
@@ -262,7 +330,11 @@ impl Faults {
             }
         }
         self.0.retain(|plan| plan.times != 0);
-        hit
+        match hit? {
+            Fault::Natural if of_call => Some(Fault::Errno(kind.natural_errno())),
+            Fault::Natural => Some(kind.natural_fault()),
+            other => Some(other),
+        }
     }
 
     /// Whether this call goes wrong.

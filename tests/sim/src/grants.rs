@@ -1,6 +1,7 @@
 //! Grant tables: Xen's side, version 1, with the statuses of Xen 4.17's common/grant_table.c.
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroUsize;
 use std::sync::atomic::Ordering;
 
 use hypercall::abi::{
@@ -11,6 +12,7 @@ use hypercall::abi::{
 use hypercall::{DomId, Errno, Gfn, GrantRef, GrantStatus, GrantTableSize, MapHandle, PAGE_SIZE};
 
 use crate::State;
+use crate::faults::Kind;
 use crate::machine::{Machine, Mfn};
 use crate::memory::{Shown, ShownBy, Users};
 use crate::page::Page;
@@ -37,6 +39,26 @@ struct Active {
     writers: u32,
     by: DomId,
     mfn: Option<Mfn>,
+    /// For whom and which frame it was when somebody looked last, if it was open, and how often that had changed.
+    seen: Option<(DomId, u32)>,
+    generation: u64,
+}
+
+/// A copy or mapping by a reference, done or tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantUse {
+    /// Whose doing.
+    pub by: DomId,
+    /// By which reference.
+    pub gref: GrantRef,
+    /// [`Copy`](Kind::Copy) or [`Map`](Kind::Map).
+    pub kind: Kind,
+    /// Only for reading.
+    pub read_only: bool,
+    /// What Xen said of the reference.
+    pub status: GrantStatus,
+    /// The [generation](crate::Sim::grant_generation) of the entry.
+    pub generation: u64,
 }
 
 impl Active {
@@ -57,6 +79,8 @@ pub(crate) struct Tracked {
     pub(crate) at: Gfn,
     pub(crate) read_only: bool,
     mfn: Mfn,
+    /// The life of the other domain that this was mapped in.
+    life: u32,
     /// It entered an alias, whatever the feature bits say by now.
     aliased: bool,
 }
@@ -65,6 +89,8 @@ pub(crate) struct Tracked {
 #[derive(Debug)]
 pub(crate) struct Grants {
     frames: Vec<Page>,
+    /// Frames of former lives, the first last: the domain sees them where it saw them then.
+    former: Vec<Page>,
     pub(crate) max_frames: u32,
     active: Vec<Active>,
     /// Handles that were ever used; those that are free again go first in, first out, as in Xen.
@@ -74,12 +100,17 @@ pub(crate) struct Grants {
     max_mappings: usize,
     /// How many mappings there are of each page.
     mapped: HashMap<Mfn, Users>,
+    /// Uses of its references, if somebody wants to know.
+    watched: Option<Vec<GrantUse>>,
+    /// Uses of its references that were refused.
+    pub(crate) refused: u64,
 }
 
 impl Grants {
     pub(crate) fn new(max_frames: u32, maptrack: u32) -> Self {
         Self {
             frames: Vec::new(),
+            former: Vec::new(),
             max_frames,
             active: Vec::new(),
             maptrack: Vec::new(),
@@ -87,6 +118,8 @@ impl Grants {
             handles: maptrack as usize,
             max_mappings: maptrack as usize,
             mapped: HashMap::new(),
+            watched: None,
+            refused: 0,
         }
     }
 
@@ -101,12 +134,26 @@ impl Grants {
             return Err(Errno::INVAL);
         }
         while self.frames.len() <= index as usize {
-            let (_, page) =
-                machine.allocate(id, std::num::NonZeroUsize::MIN).ok_or(Errno::NOMEM)?;
+            let page = match self.former.pop() {
+                Some(page) => page,
+                None => machine.allocate(id, NonZeroUsize::MIN).ok_or(Errno::NOMEM)?.1,
+            };
             self.frames.push(page);
             self.active.resize(self.frames.len() * PER_FRAME as usize, Active::default());
         }
         self.frames.get(index as usize).copied().ok_or(Errno::INVAL)
+    }
+
+    /// A new life: nothing is granted, nothing mapped, and every number is free again.
+    pub(crate) fn reset(&mut self) {
+        while let Some(page) = self.frames.pop() {
+            page.fill(0);
+            self.former.push(page);
+        }
+        self.active.clear();
+        self.maptrack.clear();
+        self.free_handles.clear();
+        self.mapped.clear();
     }
 
     pub(crate) fn size(&self) -> GrantTableSize {
@@ -145,6 +192,41 @@ impl Grants {
         (0..self.frames.len() as u32 * PER_FRAME)
             .filter_map(|gref| self.entry(GrantRef(gref)).map(|entry| (GrantRef(gref), entry)))
             .filter(|(_, entry)| entry.flags & GTF_TYPE_MASK == GTF_PERMIT_ACCESS)
+    }
+
+    /// Sees whether an entry means something else than when somebody looked last; answers its generation.
+    pub(crate) fn look(&mut self, gref: GrantRef) -> u64 {
+        let entry = self.entry(gref);
+        let open = entry.filter(|entry| entry.flags & GTF_TYPE_MASK == GTF_PERMIT_ACCESS);
+        let seen = open.map(|entry| (entry.domid, entry.frame));
+        let Some(active) = self.active.get_mut(gref.0 as usize) else { return 0 };
+        if active.seen != seen {
+            active.seen = seen;
+            active.generation += 1;
+        }
+        active.generation
+    }
+
+    fn generation(&self, gref: GrantRef) -> u64 {
+        self.active.get(gref.0 as usize).map_or(0, |active| active.generation)
+    }
+
+    pub(crate) fn watch(&mut self) {
+        self.watched.get_or_insert_default();
+    }
+
+    pub(crate) fn uses(&mut self) -> Vec<GrantUse> {
+        self.watched.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Notes a use of a reference.
+    fn used(&mut self, made: GrantUse) {
+        if matches!(made.status, GrantStatus::GENERAL_ERROR | GrantStatus::BAD_GNTREF) {
+            self.refused += 1;
+        }
+        if let Some(watched) = &mut self.watched {
+            watched.push(made);
+        }
     }
 
     /// How many mappings and copies use an entry now, as Xen counts them.
@@ -250,6 +332,24 @@ impl State {
         read_only: bool,
         map: bool,
     ) -> Result<Mfn, GrantStatus> {
+        let pinned = self.try_pin(of, gref, by, read_only, map);
+        if let Some(domain) = self.domains.get_mut(&of) {
+            let kind = if map { Kind::Map } else { Kind::Copy };
+            let status = pinned.err().unwrap_or(GrantStatus::OKAY);
+            let generation = domain.grants.generation(gref);
+            domain.grants.used(GrantUse { by, gref, kind, read_only, status, generation });
+        }
+        pinned
+    }
+
+    fn try_pin(
+        &mut self,
+        of: DomId,
+        gref: GrantRef,
+        by: DomId,
+        read_only: bool,
+        map: bool,
+    ) -> Result<Mfn, GrantStatus> {
         let domain = self.domains.get_mut(&of).ok_or(GrantStatus::BAD_DOMAIN)?;
         let dying = domain.dying;
         let grants = &mut domain.grants;
@@ -261,6 +361,9 @@ impl State {
             return Err(GrantStatus::GENERAL_ERROR);
         }
         let mut mfn = active.mfn;
+        if !pinned {
+            grants.look(gref);
+        }
         if !pinned || !read_only && active.writers == 0 {
             let status = grants.set_status(gref, by, pinned, read_only, map);
             if !status.is_ok() {
@@ -388,11 +491,12 @@ impl State {
     fn map_with(&mut self, me: DomId, op: &GrantMap, handle: u32) -> Result<Mfn, GrantStatus> {
         let read_only = op.flags & GNTMAP_READONLY != 0;
         let (of, gref, at) = (op.dom, op.gref, Gfn::of_address(op.host_addr));
+        let life = self.life(of).ok_or(GrantStatus::BAD_DOMAIN)?;
         let mfn = self.pin(of, gref, me, read_only, true)?;
         let shown = Shown { mfn, by: ShownBy::Grant { read_only } };
         let own =
             self.domains.get_mut(&me).filter(|_| op.flags & !GNTMAP_READONLY == GNTMAP_HOST_MAP);
-        let placed = own.is_some_and(|own| own.memory.show(at, shown));
+        let placed = own.is_some_and(|own| own.memory.show(&mut self.machine, at, shown));
         if !placed {
             self.violation(me, format_args!("maps at gfn {:#x}, which is no free window", at.0));
             self.unpin(of, gref, read_only);
@@ -409,7 +513,7 @@ impl State {
         own.grants.mapped.entry(mfn).or_default().add(read_only);
         let slot = own.grants.maptrack.get_mut(handle as usize);
         *slot.ok_or(GrantStatus::GENERAL_ERROR)? =
-            Some(Tracked { of, gref, at, read_only, mfn, aliased });
+            Some(Tracked { of, gref, at, read_only, mfn, life, aliased });
         Ok(mfn)
     }
 
@@ -437,15 +541,17 @@ impl State {
         let Some(own) = self.domains.get_mut(&me) else { return };
         let slot = own.grants.maptrack.get_mut(handle.0 as usize);
         let Some(tracked) = slot.and_then(Option::take) else { return };
-        own.memory.hide(tracked.at);
+        own.memory.hide(&mut self.machine, tracked.at);
         if tracked.aliased {
             own.memory.leave_alias(tracked.mfn, tracked.read_only);
         }
         own.grants.forget(tracked.mfn, tracked.read_only);
         own.grants.free_handles.push_back(handle.0);
-        self.machine.let_go(tracked.mfn);
-        self.unpin(tracked.of, tracked.gref, tracked.read_only);
-        self.bury(tracked.of);
+        if self.life(tracked.of) == Some(tracked.life) {
+            self.machine.let_go(tracked.mfn);
+            self.unpin(tracked.of, tracked.gref, tracked.read_only);
+            self.bury(tracked.of);
+        }
     }
 
     /// What a dying domain has mapped is unmapped for it.

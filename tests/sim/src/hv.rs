@@ -50,6 +50,10 @@ impl SimHv {
         self.own.id
     }
 
+    pub(crate) fn own_handle(&self) -> Arc<Handle> {
+        Arc::clone(&self.own)
+    }
+
     /// What the domain has asked for so far.
     #[must_use]
     pub fn hypercalls(&self) -> Hypercalls {
@@ -117,10 +121,14 @@ impl SimHv {
         let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
         // A domain that is gone makes no hypercalls; what its objects still try comes to nothing.
         let domain = domain.ok_or(Errno::SRCH)?;
+        if self.own.is_suspended() {
+            state.violation(self.own.id, format_args!("makes a call while suspended: {kind:?}"));
+            return Err(Errno::SRCH);
+        }
         let fails = match domain.faults.call(kind) {
             Some(Fault::Errno(errno)) => return Err(errno),
             Some(Fault::Partial(done, errno)) => Some((done, errno)),
-            Some(Fault::Status(_) | Fault::Untouched) | None => None,
+            Some(Fault::Status(_) | Fault::Untouched | Fault::Natural) | None => None,
         };
         Ok(Entered { state, fails })
     }
@@ -175,7 +183,8 @@ impl SimHv {
 // SAFETY: pages come from the host's allocator, zeroed and aligned, and are handed out once until they are freed
 // (memory.rs); the p2m is kept beside it; windows are handed out once until released, from a range that no memory of the
 // domain is in. Pages are given back to the host only with the last handle, so every pointer stays valid while a handle
-// lives, and the machine itself accesses them by atomics alone.
+// lives, and the machine itself accesses them by atomics alone. Where windows have addresses of their own (strict.rs), these
+// show the page for exactly as long as it is mapped.
 unsafe impl Hypervisor for SimHv {
     fn features(&self, submap: u32) -> Result<u32, Errno> {
         drop(self.single(Kind::Features)?);
@@ -328,17 +337,17 @@ unsafe impl Hypervisor for SimHv {
     }
 
     fn mapped(&self, window: &Window) -> NonNull<u8> {
-        let mut state = self.shared.lock();
+        let mut guard = self.shared.lock();
+        let state = &mut *guard;
         let Some(domain) = state.domains.get(&self.own.id) else { return self.shared.hole.base() };
+        let own_address = domain.memory.window_address(&mut state.machine, window.gfn());
         let shown = domain.memory.shown(window.gfn());
-        match shown.and_then(|shown| state.machine.page(shown.mfn)) {
-            Some(page) => page.base(),
-            None => {
-                let gfn = window.gfn().0;
-                state.violation(self.own.id, format_args!("looks at {gfn:#x}, where nothing is"));
-                self.shared.hole.base()
-            }
+        let page = shown.and_then(|shown| state.machine.page(shown.mfn));
+        if page.is_none() {
+            let gfn = window.gfn().0;
+            state.violation(self.own.id, format_args!("looks at {gfn:#x}, where nothing is"));
         }
+        own_address.unwrap_or_else(|| page.unwrap_or(self.shared.hole).base())
     }
 }
 
@@ -396,15 +405,16 @@ unsafe impl Toolstack for SimHv {
     }
 
     unsafe fn map_foreign(&self, domain: DomId, frame: Gfn, window: &Window) -> Result<(), Errno> {
-        let mut state = self.privileged(Kind::MapForeign)?;
+        let mut guard = self.privileged(Kind::MapForeign)?;
+        let state = &mut *guard;
         if domain == self.own.id {
             return Err(Errno::PERM);
         }
         let found = state.domains.get(&domain).ok_or(Errno::SRCH)?;
         let mfn = found.memory.translate(frame).ok_or(Errno::INVAL)?;
-        let by = ShownBy::Foreign(domain, frame);
+        let by = ShownBy::Foreign(domain, frame, found.life);
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
-        if !own.memory.show(window.gfn(), Shown { mfn, by }) {
+        if !own.memory.show(&mut state.machine, window.gfn(), Shown { mfn, by }) {
             let at = window.gfn().0;
             state.violation(
                 self.own.id,
@@ -417,15 +427,14 @@ unsafe impl Toolstack for SimHv {
     }
 
     unsafe fn unmap_foreign(&self, window: &Window) -> Result<(), Errno> {
-        let mut state = self.privileged(Kind::UnmapForeign)?;
+        let mut guard = self.privileged(Kind::UnmapForeign)?;
+        let state = &mut *guard;
         let own = state.domains.get_mut(&self.own.id).ok_or(Errno::SRCH)?;
-        let Some(Shown { mfn, by: ShownBy::Foreign(of, ..) }) = own.memory.shown(window.gfn())
-        else {
-            return Err(Errno::NOENT);
-        };
-        own.memory.hide(window.gfn());
-        state.machine.let_go(mfn);
-        state.bury(of);
+        let shown = own.memory.shown(window.gfn());
+        let foreign = |shown: &Shown| matches!(shown.by, ShownBy::Foreign(..));
+        let shown = shown.filter(foreign).ok_or(Errno::NOENT)?;
+        own.memory.hide(&mut state.machine, window.gfn());
+        state.release(&shown);
         Ok(())
     }
 }

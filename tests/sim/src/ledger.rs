@@ -151,7 +151,7 @@ impl Ledger {
             for (at, shown) in domain.memory.windows() {
                 match shown.map(|shown| shown.by) {
                     None => add(Item::Window { at }),
-                    Some(ShownBy::Foreign(of, frame)) => add(Item::Foreign { of, frame, at }),
+                    Some(ShownBy::Foreign(of, frame, _)) => add(Item::Foreign { of, frame, at }),
                     Some(ShownBy::Grant { .. }) => continue,
                 };
             }

@@ -8,9 +8,12 @@ mod faults;
 mod grants;
 mod hv;
 mod ledger;
+mod life;
 mod machine;
 mod memory;
 mod page;
+pub mod schedule;
+mod strict;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,6 +27,7 @@ pub use dma::{DmaConfig, DmaCounts, DmaDevice, Iommu};
 pub use domain::DomainConfig;
 pub use events::PortState;
 pub use faults::{Fault, FaultPlan, Hypercalls, Kind};
+pub use grants::GrantUse;
 pub use hv::SimHv;
 pub use ledger::{Item, Ledger, LedgerDiff};
 pub use memory::{P2mEntry, P2mKind};
@@ -33,6 +37,7 @@ use events::Bits;
 use machine::Machine;
 use memory::Memory;
 use page::Page;
+use strict::Strict;
 
 /// A machine that runs a simulated Xen, with its domains. Cheap to clone; all clones are the same machine.
 #[derive(Clone, Debug)]
@@ -60,54 +65,8 @@ impl State {
         self.violations.push(format!("d{who} {what}"));
     }
 
-    /// Removes a dying domain of which nobody has any page mapped any more.
-    fn bury(&mut self, id: DomId) {
-        let dying = self.domains.get(&id).is_some_and(|domain| domain.dying);
-        if dying && self.machine.in_use(id) == 0 {
-            self.domains.remove(&id);
-        }
-    }
-
     fn privileged(&self) -> Vec<DomId> {
         self.domains.iter().filter(|(_, domain)| domain.privileged).map(|(id, _)| *id).collect()
-    }
-
-    /// Tells those who look after domains that something happened to one.
-    fn tell_toolstacks(&self) -> Vec<Arc<Handle>> {
-        let to = self.privileged();
-        to.into_iter().flat_map(|id| self.raise_virq(id, Virq::DOM_EXC)).collect()
-    }
-
-    /// Ends a domain: its mappings, ports and memory go. What others have mapped of it stays until they unmap it.
-    fn destroy(&mut self, id: DomId) -> Option<Vec<Arc<Handle>>> {
-        let domain = self.domains.get_mut(&id)?;
-        if std::mem::replace(&mut domain.dying, true) {
-            return Some(Vec::new());
-        }
-        self.close_all(id);
-        self.drop_mappings(id);
-        self.drop_foreign(id);
-        if let Some(domain) = self.domains.get_mut(&id) {
-            domain.memory.relinquish();
-        }
-        let told = self.tell_toolstacks();
-        self.bury(id);
-        Some(told)
-    }
-
-    fn drop_foreign(&mut self, id: DomId) {
-        let Some(domain) = self.domains.get(&id) else { return };
-        let shown: Vec<_> = domain.memory.windows().collect();
-        for (at, shown) in shown {
-            let Some(shown) = shown else { continue };
-            if let Some(domain) = self.domains.get_mut(&id) {
-                domain.memory.hide(at);
-            }
-            self.machine.let_go(shown.mfn);
-            if let Some(owner) = self.machine.owner(shown.mfn) {
-                self.bury(owner);
-            }
-        }
     }
 }
 
@@ -130,14 +89,29 @@ impl Default for Sim {
 }
 
 impl Sim {
-    /// A machine without domains.
+    /// A machine without domains; [strict](Self::strict) if the environment has a `SIM_STRICT`.
     ///
     /// # Panics
     /// When the host has not a page of memory left.
     #[must_use]
-    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
     pub fn new() -> Self {
-        let mut machine = Machine::new();
+        if std::env::var_os("SIM_STRICT").is_some() { Self::strict() } else { Self::with(None) }
+    }
+
+    /// A machine in which a domain sees what it maps at addresses of its own, with the rights it was granted: writing through a
+    /// mapping for reading, and any access after the unmap, ends the process with SIGSEGV. Maps and unmaps cost a system call.
+    ///
+    /// # Panics
+    /// When the host has no memory left, or has not pages of 4,096 bytes.
+    #[must_use]
+    #[expect(clippy::expect_used, reason = "the host cannot do it")]
+    pub fn strict() -> Self {
+        Self::with(Some(Strict::new().expect("a file in memory")))
+    }
+
+    #[expect(clippy::expect_used, reason = "the host itself is out of memory")]
+    fn with(strict: Option<Strict>) -> Self {
+        let mut machine = Machine::new(strict);
         let one = NonZeroUsize::MIN;
         let (_, hole) = machine.allocate(DomId::SELF, one).expect("a page of memory");
         let state = State { machine, domains: BTreeMap::new(), next: 0, violations: Vec::new() };
@@ -160,9 +134,8 @@ impl Sim {
         let handle = Arc::clone(&domain.handle);
         state.domains.insert(id, domain);
         if config.store_port {
-            let port = state.alloc_unbound(id, DomId(0)).map_or(0, |port| port.0);
+            state.offer_store(id);
             if let Some(domain) = state.domains.get_mut(&id) {
-                domain.params.insert(hvm_param::STORE_EVTCHN, port.into());
                 domain.params.insert(hvm_param::STORE_PFN, Gfn::INVALID.0);
             }
         }
@@ -208,6 +181,31 @@ impl Sim {
             state.tell_toolstacks()
         };
         wake(told);
+    }
+
+    /// A domain waits to be saved: it makes no calls, takes no upcalls, and the toolstacks are told. `false` if there is none, or
+    /// it waits already.
+    pub fn suspend(&self, id: DomId) -> bool {
+        let told = self.0.lock().suspend(id);
+        let did = told.is_some();
+        wake(told.into_iter().flatten());
+        did
+    }
+
+    /// A suspended domain goes on as after a restore: with its memory as it was, with no ports, an empty grant table, nothing
+    /// mapped, its event bits clear, and what Xen advertises to it now. What others have mapped of it is of its former life:
+    /// to unmap it is still right, and nothing of the new life depends on it. `false` if it does not wait.
+    pub fn resume(&self, id: DomId, features: u32) -> bool {
+        self.0.lock().resume(id, features)
+    }
+
+    /// A suspended domain goes on as if nothing had happened, for instance because it could not be saved. `false` if it does not
+    /// wait.
+    pub fn cancel_suspend(&self, id: DomId) -> bool {
+        let woken = self.0.lock().cancel_suspend(id);
+        let did = woken.is_some();
+        wake(woken.into_iter().flatten());
+        did
     }
 
     /// What Xen advertises to a domain from now on. Nobody is told, as on real Xen.
@@ -274,6 +272,32 @@ impl Sim {
         self.domain(id, |domain| domain.grants.pins(gref)).unwrap_or(0)
     }
 
+    /// How often an entry of a domain's grant table has come to mean something else, as far as anybody looked: Xen for a copy or
+    /// the first mapping, or the caller, now. A reference that a peer was told of in one generation and uses in another is
+    /// stale. What is closed and opened again for the same domain and frame with nobody looking is the same generation.
+    #[must_use]
+    pub fn grant_generation(&self, id: DomId, gref: GrantRef) -> u64 {
+        self.domain_mut(id, |domain| domain.grants.look(gref)).unwrap_or(0)
+    }
+
+    /// Has each copy and mapping by a domain's references noted from now on.
+    pub fn watch_grants(&self, id: DomId) {
+        self.domain_mut(id, |domain| domain.grants.watch());
+    }
+
+    /// What was noted since the last time.
+    #[must_use]
+    pub fn grant_uses(&self, id: DomId) -> Vec<GrantUse> {
+        self.domain_mut(id, |domain| domain.grants.uses()).unwrap_or_default()
+    }
+
+    /// How many copies and mappings Xen has refused because a reference of this domain's was not open to whoever used it, or
+    /// not for writing, or is none: if both sides are right, none.
+    #[must_use]
+    pub fn refused_grants(&self, id: DomId) -> u64 {
+        self.domain(id, |domain| domain.grants.refused).unwrap_or(0)
+    }
+
     /// How many mappings of other domains' pages a domain may have.
     pub fn set_maptrack_limit(&self, id: DomId, limit: u32) {
         self.domain_mut(id, |domain| domain.grants.limit_maptrack(limit));
@@ -308,7 +332,7 @@ impl Sim {
     #[must_use]
     pub fn with_upcall(&self) -> Vec<DomId> {
         let state = self.0.lock();
-        let has = |domain: &Domain| domain.handle.bits.upcall_pending(VcpuId(0));
+        let has = |domain: &Domain| domain.handle.takes_upcall(VcpuId(0));
         state.domains.iter().filter(|(_, domain)| has(domain)).map(|(id, _)| *id).collect()
     }
 

@@ -13,6 +13,7 @@ use hypercall::{BusAddr, DomId, Gfn, PAGE_SIZE};
 
 use crate::cache::Dram;
 use crate::page::Page;
+use crate::strict::Strict;
 
 /// The first machine frame: no frame number is ever mistaken for a small integer.
 const FIRST_MFN: u64 = 0x4_0000;
@@ -61,14 +62,29 @@ pub(crate) enum Maintenance {
     CleanInvalidate,
 }
 
+/// What the host's allocator gave, and how to give it back.
+type Heap = (NonNull<u8>, Layout);
+
 /// Memory taken from the host at once.
 #[derive(Debug)]
 struct Chunk {
     /// The frame number of its first page.
     first: Mfn,
     pages: usize,
-    from: NonNull<u8>,
-    layout: Layout,
+    /// How to give it back, unless it is of the file.
+    heap: Option<Heap>,
+}
+
+/// Zeroed pages from the host's allocator, and how to give them back.
+fn from_heap(pages: usize) -> Option<(NonNull<u8>, Heap)> {
+    // With a small alignment the allocator can take it from the system as it is: zeroed, and not there until used.
+    let bytes = pages.checked_add(1)?.checked_mul(PAGE_SIZE)?;
+    let layout = Layout::from_size_align(bytes, align_of::<u128>()).ok()?;
+    // SAFETY: the size is not 0.
+    let from = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+    let skip = from.addr().get().wrapping_neg() % PAGE_SIZE;
+    // SAFETY: less than a page, and there is one page more than asked for.
+    Some((unsafe { from.add(skip) }, (from, layout)))
 }
 
 /// All memory there is.
@@ -83,37 +99,40 @@ pub(crate) struct Machine {
     left: usize,
     /// How many pages of each domain others have mapped.
     in_use: HashMap<DomId, usize>,
+    /// Windows have addresses of their own.
+    strict: Option<Strict>,
 }
 
 // SAFETY: the pointers of a chunk are used by its machine alone, to give the chunk back.
 unsafe impl Send for Machine {}
 
 impl Machine {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(strict: Option<Strict>) -> Self {
         Self {
             pages: Vec::new(),
             chunks: BTreeMap::new(),
             next: None,
             left: 0,
             in_use: HashMap::new(),
+            strict,
         }
     }
 
     /// Takes a chunk from the host in which `count` pages fit, and leaves what is left of the last one.
     fn extend(&mut self, count: usize) -> Option<()> {
         let pages = (CHUNK << self.chunks.len().min(6)).min(MAX_CHUNK).max(count);
-        // With a small alignment the host's allocator can take it from the system as it is: zeroed, and not there until used.
-        let bytes = pages.checked_add(1)?.checked_mul(PAGE_SIZE)?;
-        let layout = Layout::from_size_align(bytes, align_of::<u128>()).ok()?;
-        // SAFETY: the size is not 0.
-        let from = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        let skip = from.addr().get().wrapping_neg() % PAGE_SIZE;
-        // SAFETY: less than a page, and there is one page more than asked for.
-        let base = unsafe { from.add(skip) };
         self.pages.resize_with(self.pages.len() + self.left, || None);
-        let first = Mfn(FIRST_MFN + self.pages.len() as u64);
-        self.chunks.insert(base.addr().get(), Chunk { first, pages, from, layout });
-        // SAFETY: aligned and zeroed above, and given back only with the machine.
+        let index = self.pages.len() as u64;
+        let (base, heap) = match &mut self.strict {
+            Some(strict) => (strict.chunk(index, pages).ok()?, None),
+            None => {
+                let (base, heap) = from_heap(pages)?;
+                (base, Some(heap))
+            }
+        };
+        let first = Mfn(FIRST_MFN + index);
+        self.chunks.insert(base.addr().get(), Chunk { first, pages, heap });
+        // SAFETY: aligned and zeroed memory, given back only with the machine.
         self.next = Some(unsafe { Page::new(base) });
         self.left = pages;
         Some(())
@@ -206,6 +225,30 @@ impl Machine {
         }
     }
 
+    /// Where a domain sees its window number `index` of `count`, if windows have addresses of their own.
+    ///
+    /// # Panics
+    /// When the host has no addresses left.
+    #[expect(clippy::expect_used, reason = "the host itself is out of addresses")]
+    pub(crate) fn window(&mut self, id: DomId, index: usize, count: usize) -> Option<NonNull<u8>> {
+        let strict = self.strict.as_mut()?;
+        Some(strict.window(id, index, count).expect("addresses for windows"))
+    }
+
+    /// Has a window's address, if it has one, show a page, or nothing.
+    ///
+    /// # Panics
+    /// When the host allows no more mappings.
+    #[expect(clippy::expect_used, reason = "the host itself allows no more mappings")]
+    pub(crate) fn set_window(&self, window: Option<NonNull<u8>>, page: Option<(Mfn, bool)>) {
+        let (Some(strict), Some(window)) = (&self.strict, window) else { return };
+        let set = match page {
+            Some((mfn, read_only)) => strict.show(window, mfn.0 - FIRST_MFN, read_only),
+            None => Strict::hide(window),
+        };
+        set.expect("one more mapping");
+    }
+
     /// Its owner's kernel has put a page back into its allocator, or taken it out again. What devices see of it is nobody's any
     /// more.
     pub(crate) fn set_free(&mut self, mfn: Mfn, free: bool) {
@@ -262,6 +305,13 @@ impl Machine {
         found.dram.get_or_insert_with(Dram::new).write(found.page, offset, from)
     }
 
+    /// The mappings of the page count no longer.
+    pub(crate) fn let_all_go(&mut self, mfn: Mfn) {
+        while self.uses(mfn) != 0 {
+            self.let_go(mfn);
+        }
+    }
+
     /// How many pages of `owner` others have mapped.
     pub(crate) fn in_use(&self, owner: DomId) -> usize {
         self.in_use.get(&owner).copied().unwrap_or(0)
@@ -270,9 +320,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        for chunk in self.chunks.values() {
+        for (from, layout) in self.chunks.values().filter_map(|chunk| chunk.heap) {
             // SAFETY: allocated with this layout; the machine goes with its last handle, so nobody can reach the pages.
-            unsafe { dealloc(chunk.from.as_ptr(), chunk.layout) };
+            unsafe { dealloc(from.as_ptr(), layout) };
         }
     }
 }

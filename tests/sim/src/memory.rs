@@ -21,8 +21,11 @@ pub(crate) struct Shown {
 /// By what right.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ShownBy {
-    Grant { read_only: bool },
-    Foreign(DomId, Gfn),
+    Grant {
+        read_only: bool,
+    },
+    /// And in which life of that domain.
+    Foreign(DomId, Gfn, u32),
 }
 
 /// What a guest frame number stands for.
@@ -86,6 +89,7 @@ struct WindowSlot {
 /// A domain's guest-physical space.
 #[derive(Debug)]
 pub(crate) struct Memory {
+    id: DomId,
     direct: bool,
     next_gfn: u64,
     /// The p2m, as far as it is the domain's own memory.
@@ -113,6 +117,7 @@ impl Memory {
         windows: usize,
     ) -> Self {
         Self {
+            id,
             direct,
             next_gfn: first_gfn,
             ram: BTreeMap::new(),
@@ -173,7 +178,12 @@ impl Memory {
         self.aliases.iter().map(|(mfn, alias)| (*mfn, !alias.is_writable()))
     }
 
-    /// Pages it has.
+    /// The pages it has.
+    pub(crate) fn frames(&self) -> impl Iterator<Item = Mfn> {
+        self.ram.values().copied()
+    }
+
+    /// How many pages it has.
     pub(crate) fn pages(&self) -> usize {
         self.ram.len()
     }
@@ -304,25 +314,36 @@ impl Memory {
     }
 
     /// Shows a page at a window that the domain holds and at which nothing is; `false` otherwise.
-    pub(crate) fn show(&mut self, gfn: Gfn, shown: Shown) -> bool {
+    pub(crate) fn show(&mut self, machine: &mut Machine, gfn: Gfn, shown: Shown) -> bool {
+        let address = self.window_address(machine, gfn);
         let slot = self.window_index(gfn).and_then(|index| self.windows.get_mut(index));
         match slot {
             Some(slot) if slot.taken && slot.shows.is_none() => {
                 slot.shows = Some(shown);
+                let read_only = matches!(shown.by, ShownBy::Grant { read_only: true });
+                machine.set_window(address, Some((shown.mfn, read_only)));
                 true
             }
             _ => false,
         }
     }
 
+    /// Where the domain sees a window, if that is an address of its own.
+    pub(crate) fn window_address(&self, machine: &mut Machine, gfn: Gfn) -> Option<NonNull<u8>> {
+        let index = self.window_index(gfn).filter(|index| *index < self.windows.len())?;
+        machine.window(self.id, index, self.max_windows)
+    }
+
     pub(crate) fn shown(&self, gfn: Gfn) -> Option<Shown> {
         self.windows.get(self.window_index(gfn)?)?.shows
     }
 
-    pub(crate) fn hide(&mut self, gfn: Gfn) {
+    pub(crate) fn hide(&mut self, machine: &mut Machine, gfn: Gfn) {
+        let address = self.window_address(machine, gfn);
         let slot = self.window_index(gfn).and_then(|index| self.windows.get_mut(index));
         if let Some(slot) = slot {
             slot.shows = None;
+            machine.set_window(address, None);
         }
     }
 

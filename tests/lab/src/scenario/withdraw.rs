@@ -46,7 +46,8 @@ fn unknown(run: &Run) -> Result<String> {
     let mark = run.machine.console.mark(Source::Dom(0));
     set(run, "nonsense map 12")?;
     let lines = run.machine.console.since(Source::Dom(0), mark);
-    let said = lines.into_iter().map(|line| line.text).find(|text| text.contains("nonsense"));
+    let mut warnings = lines.into_iter().map(|line| line.text).filter(|t| t.contains("[ WARN]"));
+    let said = warnings.find(|text| text.contains("nonsense"));
     set(run, "")?;
     said.context("dom0 does not say that it does not know it")
 }

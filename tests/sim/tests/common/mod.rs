@@ -3,12 +3,14 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use hypercall::abi::{
     CopyEnd, GNTCOPY_SOURCE_GREF, GNTMAP_HOST_MAP, GNTMAP_READONLY, GTF_PERMIT_ACCESS, GrantCopy,
     GrantEntryV1, GrantMap, GrantUnmap,
 };
-use hypercall::{BusAddr, DomId, Gfn, GrantRef, GrantStatus, Hypervisor, MapHandle, Window};
+use hypercall::arch::shared_info;
+use hypercall::{BusAddr, DomId, Gfn, GrantRef, GrantStatus, Hypervisor, MapHandle, Port, Window};
 use sim::{Sim, SimHv};
 
 /// XENFEAT_grant_map_identity.
@@ -93,4 +95,27 @@ pub fn copy_in(hv: &SimHv, of: DomId, gref: u32, to: Gfn) -> GrantStatus {
 /// Where the bus has a domain's frame.
 pub fn bus(sim: &Sim, hv: &SimHv, frame: Gfn) -> BusAddr {
     sim.p2m(hv.id(), frame).unwrap().bus
+}
+
+fn shared_word(hv: &SimHv, offset: usize) -> &AtomicU64 {
+    // SAFETY: within the page, aligned, and only accessed by atomics.
+    unsafe { hv.shared_info().add(offset).cast().as_ref() }
+}
+
+/// Takes the upcall of the first virtual CPU, as a kernel without masks does; answers the ports that were raised.
+pub fn take_upcall(hv: &SimHv) -> Vec<Port> {
+    let flag = hv.shared_info();
+    // SAFETY: within the page, and only accessed by atomics.
+    let flag: &AtomicU8 = unsafe { flag.add(shared_info::UPCALL_PENDING).cast().as_ref() };
+    let mut raised = Vec::new();
+    while flag.swap(0, Ordering::SeqCst) != 0 {
+        let selected = shared_word(hv, shared_info::PENDING_SEL).swap(0, Ordering::SeqCst);
+        for word in (0..64).filter(|word| selected & (1 << word) != 0) {
+            let offset = shared_info::PENDING + word as usize * 8;
+            let bits = shared_word(hv, offset).swap(0, Ordering::SeqCst);
+            let set = (0..64).filter(|bit| bits & (1 << bit) != 0);
+            raised.extend(set.map(|bit| Port(word * 64 + bit)));
+        }
+    }
+    raised
 }

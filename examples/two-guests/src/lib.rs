@@ -1,0 +1,23 @@
+#![doc = include_str!("../README.md")]
+
+mod check;
+mod frames;
+mod guest;
+mod host;
+mod nodes;
+mod payload;
+mod random;
+mod tcp;
+mod uplink;
+mod wire;
+mod world;
+
+pub use check::{Absurd, Sequence, Tally};
+pub use frames::{ETHERTYPE, Flow, FrameCounts, Frames, Sizes, StationId};
+pub use guest::{Guest, GuestConfig};
+pub use host::Host;
+pub use random::Random;
+pub use tcp::{BLOCK, StreamId, Tcp};
+pub use uplink::Nic;
+pub use wire::{Misdeed, Wire};
+pub use world::{Actor, BackendDomain, Config, Place, SECOND, Stuck, World};
