@@ -6,7 +6,9 @@ use core::marker::PhantomData;
 use hypercall::abi::{CopyEnd, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GrantCopy};
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, PageOffset};
 
-use crate::frame::{Extent, Span, SpanMut};
+use crate::by_mapping::ByMapping;
+use crate::frame::{Extent, Page, Span, SpanMut};
+use crate::map::Mapper;
 
 /// Whether this Xen has no `GNTTABOP_copy` (grant_table.h): asked by a call with no operations, which does nothing where
 /// the operation exists. Any other answer than [`Errno::NOSYS`] means that it does.
@@ -32,6 +34,8 @@ pub struct PeerSpan {
 pub struct CopyOps {
     ops: Vec<GrantCopy>,
     capacity: usize,
+    /// Where Xen does not copy.
+    by_mapping: Option<ByMapping>,
 }
 
 /// Some copies of a batch, one after another: what [`CopyBatch`] answers when they are added, and
@@ -78,12 +82,25 @@ impl CopyOps {
     /// Room for `capacity` copies.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
-        Self { ops: Vec::with_capacity(capacity), capacity }
+        Self { ops: Vec::with_capacity(capacity), capacity, by_mapping: None }
+    }
+
+    /// Room for `capacity` copies where Xen does not copy (see [`copy_is_missing`]): the peers' pages of a batch are
+    /// mapped in one hypercall, copied from and to by the processor, and unmapped in another. Where space to map at runs
+    /// out before the batch is done, that is repeated. `mapper` counts what cannot be unmapped; it is of
+    /// the domain that the batches are submitted by.
+    #[must_use]
+    pub fn by_mapping<H: Hypervisor>(capacity: usize, mapper: &Mapper<H>) -> Self {
+        let by_mapping = Some(ByMapping::new(capacity, mapper));
+        Self { ops: Vec::with_capacity(capacity), capacity, by_mapping }
     }
 
     /// An empty batch. The frames it copies from and to stay borrowed until it has been submitted or dropped.
     pub fn begin<'f>(&mut self) -> CopyBatch<'_, 'f> {
         self.ops.clear();
+        if let Some(by_mapping) = &mut self.by_mapping {
+            by_mapping.clear();
+        }
         CopyBatch { ops: self, frames: PhantomData }
     }
 }
@@ -96,8 +113,12 @@ pub struct CopyBatch<'b, 'f> {
 }
 
 impl<'b, 'f> CopyBatch<'b, 'f> {
-    fn push(&mut self, source: CopyEnd, dest: CopyEnd, len: u16, flags: u16) {
+    /// Adds a copy; `own` is the page of ours at one end of it.
+    fn push(&mut self, source: CopyEnd, dest: CopyEnd, len: u16, flags: u16, own: Option<Page>) {
         self.ops.ops.push(GrantCopy { source, dest, len, flags, status: GrantStatus::UNTOUCHED });
+        if let Some(by_mapping) = &mut self.ops.by_mapping {
+            by_mapping.push(own);
+        }
     }
 
     /// Adds a copy for each page of ours that the bytes touch.
@@ -116,10 +137,10 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         }
         let first = self.len();
         let mut offset = peer.offset.get();
-        while let Some((gfn, within, len)) = own.next_page() {
+        while let Some((page, within, len)) = own.next_page() {
             let theirs = CopyEnd::granted(peer.domain, peer.gref, offset);
-            let (source, dest) = ends(theirs, CopyEnd::own(gfn, within));
-            self.push(source, dest, len, flags);
+            let (source, dest) = ends(theirs, CopyEnd::own(page.gfn, within));
+            self.push(source, dest, len, flags, Some(page));
             offset += len;
         }
         Ok(CopyRange { first, end: self.len() })
@@ -160,7 +181,7 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         let first = self.len();
         let source = CopyEnd::granted(from.domain, from.gref, from.offset.get());
         let dest = CopyEnd::granted(to.domain, to.gref, to.offset.get());
-        self.push(source, dest, len, GNTCOPY_SOURCE_GREF | GNTCOPY_DEST_GREF);
+        self.push(source, dest, len, GNTCOPY_SOURCE_GREF | GNTCOPY_DEST_GREF, None);
         Ok(CopyRange { first, end: self.len() })
     }
 
@@ -182,18 +203,24 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         self.ops.ops.is_empty()
     }
 
-    /// Does all of them in one hypercall (none, if there is nothing to do).
+    /// Does all of them in one hypercall, or in two for [`CopyOps::by_mapping`] (none, if there is nothing to do).
     ///
     /// # Errors
     /// Xen refused the batch as a whole: no copy counts as done.
     pub fn submit<H: Hypervisor>(self, hv: &H) -> Result<CopyResults<'b>, Errno> {
-        let ops = &mut self.ops.ops;
+        let CopyOps { ops, by_mapping, .. } = self.ops;
+        let mut parked = 0;
         if !ops.is_empty() {
             // SAFETY: each local end came from a `Span` or `SpanMut`, so it lies within a frame that is borrowed for
             // 'f, which has not ended while `self` lives: shared for a source, unique for a destination.
-            unsafe { hv.grant_copy(ops)? };
+            unsafe {
+                match by_mapping {
+                    None => hv.grant_copy(ops)?,
+                    Some(by_mapping) => parked = by_mapping.copy(hv, ops)?,
+                }
+            }
         }
-        Ok(CopyResults { ops })
+        Ok(CopyResults { ops, parked })
     }
 }
 
@@ -201,6 +228,7 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
 #[derive(Clone, Copy, Debug)]
 pub struct CopyResults<'b> {
     ops: &'b [GrantCopy],
+    parked: usize,
 }
 
 impl CopyResults<'_> {
@@ -214,5 +242,12 @@ impl CopyResults<'_> {
             None => Ok(()),
             Some(op) => Err(op.status),
         }
+    }
+
+    /// How many of the peers' pages could not be unmapped afterwards, which only [`CopyOps::by_mapping`] does. The
+    /// copies are done all the same.
+    #[must_use]
+    pub fn parked(&self) -> usize {
+        self.parked
     }
 }

@@ -10,14 +10,18 @@ use core::slice;
 use crossbeam_queue::ArrayQueue;
 use hypercall::{Gfn, Hypervisor, PAGE_SIZE};
 
-#[derive(Clone, Copy)]
-struct Page {
-    base: NonNull<u8>,
-    gfn: Gfn,
+/// A private page, or the first of several: where we see it, and where Xen does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Page {
+    pub(crate) base: NonNull<u8>,
+    pub(crate) gfn: Gfn,
 }
 
-// SAFETY: a `Page` stands for its memory, which has one owner at a time: the pool or a `Frame`.
+// SAFETY: a `Page` stands for its memory, which has one owner at a time, the pool or a `Frame`; only under a borrow of
+// the frame is it looked at.
 unsafe impl Send for Page {}
+// SAFETY: as above; whoever shares a frame can only read it.
+unsafe impl Sync for Page {}
 
 struct Shared<H: Hypervisor> {
     hv: H,
@@ -122,12 +126,12 @@ impl<H: Hypervisor> Frame<H> {
     /// The buffer as something to copy out of.
     #[must_use]
     pub fn span(&self) -> Span<'_> {
-        Span(Extent { gfn: self.page.gfn, offset: 0, len: self.size() }, PhantomData)
+        Span(Extent { first: self.page, offset: 0, len: self.size() }, PhantomData)
     }
 
     /// The buffer as something to copy into.
     pub fn span_mut(&mut self) -> SpanMut<'_> {
-        SpanMut(Extent { gfn: self.page.gfn, offset: 0, len: self.size() }, PhantomData)
+        SpanMut(Extent { first: self.page, offset: 0, len: self.size() }, PhantomData)
     }
 }
 
@@ -148,7 +152,7 @@ impl<H: Hypervisor> fmt::Debug for Frame<H> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Extent {
     /// The first page of the buffer.
-    gfn: Gfn,
+    first: Page,
     offset: usize,
     len: usize,
 }
@@ -159,16 +163,19 @@ impl Extent {
         (Self { len: at, ..self }, Self { offset: self.offset + at, len: self.len - at, ..self })
     }
 
-    /// Takes off what lies in the first page: its frame, where in there, and how many bytes. `None` when empty.
-    pub(crate) fn next_page(&mut self) -> Option<(Gfn, u16, u16)> {
+    /// Takes off what lies in the first page: that page, where in there, and how many bytes. `None` when empty.
+    pub(crate) fn next_page(&mut self) -> Option<(Page, u16, u16)> {
         let within = self.offset % PAGE_SIZE;
         let (head, rest) = self.split_at(PAGE_SIZE - within);
         if head.len == 0 {
             return None;
         }
         *self = rest;
-        let gfn = Gfn(self.gfn.0 + (head.offset / PAGE_SIZE) as u64);
-        Some((gfn, within as u16, head.len as u16))
+        let index = head.offset / PAGE_SIZE;
+        // SAFETY: an extent is part of its buffer, and this one has bytes, so the page that they begin in is too.
+        let base = unsafe { self.first.base.add(index * PAGE_SIZE) };
+        let page = Page { base, gfn: Gfn(self.first.gfn.0 + index as u64) };
+        Some((page, within as u16, head.len as u16))
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -3,9 +3,11 @@
 
 extern crate alloc;
 
+mod by_mapping;
 mod copy;
 mod frame;
 mod map;
+mod parked;
 mod shared;
 mod table;
 

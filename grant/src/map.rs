@@ -4,13 +4,14 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::slice;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::Ordering;
 
 use hypercall::abi::{GNTMAP_HOST_MAP, GNTMAP_READONLY, GrantMap, GrantUnmap};
 use hypercall::{
     BusAddr, DomId, Errno, Gfn, GrantRef, GrantStatus, Hypervisor, MapHandle, Toolstack, Window,
 };
 
+use crate::parked::{Books, Parked, unmap_op};
 use crate::shared::{SharedMemory, SharedPage};
 
 /// Why something could not be mapped.
@@ -28,21 +29,15 @@ pub enum MapError {
     Call(Errno),
 }
 
-#[derive(Default)]
-struct Counts {
-    live: AtomicUsize,
-    parked: AtomicUsize,
-}
-
 /// Maps grants, and knows how many mappings there are.
 pub struct Mapper<H: Hypervisor> {
     hv: H,
-    counts: Arc<Counts>,
+    books: Arc<Books>,
 }
 
 impl<H: Hypervisor> Clone for Mapper<H> {
     fn clone(&self) -> Self {
-        Self { hv: self.hv.clone(), counts: Arc::clone(&self.counts) }
+        Self { hv: self.hv.clone(), books: Arc::clone(&self.books) }
     }
 }
 
@@ -58,7 +53,7 @@ pub struct MapRequest {
 }
 
 impl MapRequest {
-    fn op(&self, window: &Window) -> GrantMap {
+    pub(crate) fn op(&self, window: &Window) -> GrantMap {
         GrantMap {
             host_addr: window.gfn().address(),
             flags: GNTMAP_HOST_MAP | if self.read_only { GNTMAP_READONLY } else { 0 },
@@ -68,6 +63,12 @@ impl MapRequest {
             handle: MapHandle::INVALID,
             dev_bus_addr: 0,
         }
+    }
+
+    /// Whether `op` is for this.
+    pub(crate) fn is_of(&self, op: &GrantMap) -> bool {
+        (op.dom, op.gref) == (self.domain, self.gref)
+            && (op.flags & GNTMAP_READONLY != 0) == self.read_only
     }
 }
 
@@ -79,6 +80,7 @@ pub struct MapOps<H: Hypervisor> {
     windows: Vec<Option<Window>>,
     unmaps: Vec<GrantUnmap>,
     leaving: Vec<Mapping<H>>,
+    again: Vec<Parked>,
 }
 
 impl<H: Hypervisor> MapOps<H> {
@@ -92,6 +94,7 @@ impl<H: Hypervisor> MapOps<H> {
             windows: Vec::with_capacity(capacity),
             unmaps: Vec::with_capacity(capacity),
             leaving: Vec::with_capacity(capacity),
+            again: Vec::with_capacity(capacity),
         }
     }
 }
@@ -106,7 +109,7 @@ impl<H: Hypervisor> Mapper<H> {
     /// A mapper with no mappings.
     #[must_use]
     pub fn new(hv: &H) -> Self {
-        Self { hv: hv.clone(), counts: Arc::default() }
+        Self { hv: hv.clone(), books: Arc::new(Books::new()) }
     }
 
     /// Maps one page.
@@ -133,7 +136,7 @@ impl<H: Hypervisor> Mapper<H> {
             self.hv.release_window(window);
             return Err(called.err().map_or(MapError::Refused(op.status), MapError::Call));
         }
-        self.counts.live.fetch_add(1, Ordering::Relaxed);
+        self.books.mapped();
         // SAFETY: Xen has mapped a page here, and it stays until `Mapping` is unmapped; nobody makes references to it,
         // since only this pointer names it.
         let page = unsafe { SharedPage::new(self.hv.mapped(&window)) };
@@ -189,7 +192,8 @@ impl<H: Hypervisor> Mapper<H> {
     }
 
     /// Unmaps several pages in one hypercall (or one for each time that `ops` is full) and tells `each`, in order, of
-    /// each mapping whether it is gone. What Xen will not unmap is parked: its space is never used again.
+    /// each mapping whether it is gone. What Xen will not unmap is parked: its space is not used
+    /// again until it is unmapped after all.
     pub fn unmap_each(
         &self,
         ops: &mut MapOps<H>,
@@ -214,16 +218,44 @@ impl<H: Hypervisor> Mapper<H> {
         }
     }
 
+    /// Tries once more, in one hypercall, to unmap what is parked, as much of it as fits `ops`; answers how many were
+    /// unmapped. To be called now and then while something is [`parked`](Self::parked): each mapping is tried a few
+    /// times, at most 64 wait for that, and the rest is lost for good.
+    pub fn retry_parked(&self, ops: &mut MapOps<H>) -> usize {
+        let count = self.books.waiting().min(ops.capacity);
+        ops.again.extend((0..count).map_while(|_| self.books.next()));
+        if ops.again.is_empty() {
+            return 0;
+        }
+        ops.unmaps.clear();
+        ops.unmaps.extend(ops.again.iter().map(Parked::unmap_op));
+        // SAFETY: what is parked is out of everybody's hands, and its handle cannot stand for another mapping that is in
+        // use: Xen compares the address, at which we have put nothing else. Where the call fails the statuses stay
+        // untouched.
+        let _ = unsafe { self.hv.grant_unmap(&mut ops.unmaps) };
+        let ended = ops.again.drain(..).zip(&ops.unmaps);
+        ended
+            .filter_map(|(parked, op)| {
+                self.books.retried(&self.hv, parked, op.status).then_some(())
+            })
+            .count()
+    }
+
+    /// Kept by all clones, and by those who map for themselves.
+    pub(crate) fn books(&self) -> &Arc<Books> {
+        &self.books
+    }
+
     /// Mappings that are in place.
     #[must_use]
     pub fn live(&self) -> usize {
-        self.counts.live.load(Ordering::Relaxed)
+        self.books.live()
     }
 
-    /// Mappings that Xen would not unmap.
+    /// Mappings that Xen would not unmap, whether they are to be [tried again](Self::retry_parked) or are given up.
     #[must_use]
     pub fn parked(&self) -> usize {
-        self.counts.parked.load(Ordering::Relaxed)
+        self.books.parked()
     }
 }
 
@@ -265,26 +297,13 @@ impl<H: Hypervisor> Mapping<H> {
     }
 
     fn unmap_op(&self) -> Option<GrantUnmap> {
-        self.window.as_ref().map(|window| GrantUnmap {
-            host_addr: window.gfn().address(),
-            dev_bus_addr: 0,
-            handle: self.handle,
-            status: GrantStatus::UNTOUCHED,
-        })
+        self.window.as_ref().map(|window| unmap_op(window, self.handle))
     }
 
     /// Settles the books after an attempt to unmap; answers whether it worked.
     fn finish(&mut self, status: GrantStatus) -> Result<(), GrantStatus> {
         let Some(window) = self.window.take() else { return Ok(()) };
-        self.mapper.counts.live.fetch_sub(1, Ordering::Relaxed);
-        if status.is_ok() {
-            self.mapper.hv.release_window(window);
-            return Ok(());
-        }
-        // Parked: the window is not given back, so nothing is ever mapped over what may still be there.
-        self.mapper.counts.parked.fetch_add(1, Ordering::Relaxed);
-        log::warn!("grant: cannot unmap {:?}: {status}; its space is lost", self.handle);
-        Err(status)
+        self.mapper.books.unmapped(&self.mapper.hv, window, self.handle, status)
     }
 }
 

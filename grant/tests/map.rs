@@ -80,7 +80,7 @@ fn a_mapping_shows_the_granters_page_both_ways() {
 }
 
 #[test]
-fn what_fails_in_a_batch_takes_nothing_with_it() {
+fn hostile_82_what_fails_in_a_batch_takes_nothing_with_it() {
     let w = world(3, DomainConfig::dom0());
     let mut requests = w.requests();
     requests.insert(1, MapRequest { gref: GrantRef(100), ..requests[0] });
@@ -127,7 +127,7 @@ fn a_call_that_fails_half_way_keeps_what_was_mapped() {
 }
 
 #[test]
-fn what_cannot_be_unmapped_is_parked_with_its_window() {
+fn hostile_83_what_cannot_be_unmapped_is_parked_with_its_window() {
     let w = world(2, DomainConfig { windows: 2, ..DomainConfig::dom0() });
     let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
     let fault = Fault::Status(GrantStatus::GENERAL_ERROR);
@@ -235,5 +235,69 @@ fn what_does_not_fit_one_call_takes_several() {
     assert_eq!((asked.calls(Kind::Map), asked.ops(Kind::Map)), (3, 5));
     assert_eq!((asked.calls(Kind::Unmap), asked.ops(Kind::Unmap)), (2, 3));
     assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 1));
+    assert_eq!(w.sim.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn hostile_82_the_good_ones_of_a_batch_are_unmapped_in_one_call() {
+    let w = world(4, DomainConfig::dom0());
+    w.sim.inject(w.backend.id(), FaultPlan::nth(Kind::Map, 2, Fault::Status(GrantStatus::EAGAIN)));
+    let good: Vec<_> = w.map_all(&w.requests()).into_iter().flatten().collect();
+    assert_eq!(good.len(), 3);
+    let before = w.backend.hypercalls();
+    assert_eq!(w.unmap_all(good), 0);
+    let asked = w.backend.hypercalls() - before;
+    assert_eq!((asked.calls(Kind::Unmap), asked.ops(Kind::Unmap)), (1, 3));
+    w.assert_clean();
+}
+
+#[test]
+fn hostile_83_what_is_parked_is_unmapped_later_if_xen_will() {
+    let w = world(3, DomainConfig { windows: 3, ..DomainConfig::dom0() });
+    let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, Fault::Errno(Errno::FAULT)));
+    assert_eq!(w.unmap_all(mappings), 3);
+    let mut ops = MapOps::new(2);
+    let fault = Fault::Status(GrantStatus::GENERAL_ERROR);
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, fault));
+    assert_eq!(w.mapper.retry_parked(&mut ops), 1, "of two that fit");
+    assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 2));
+    assert!(w.mapper.map(w.requests()[0]).is_ok(), "its space is free again");
+    assert_eq!(w.mapper.retry_parked(&mut ops), 2);
+    let before = w.backend.hypercalls();
+    assert_eq!(w.mapper.retry_parked(&mut ops), 0);
+    assert_eq!(w.backend.hypercalls(), before, "nothing to try");
+    w.assert_clean();
+}
+
+#[test]
+fn hostile_83_what_is_parked_is_not_tried_for_ever() {
+    let mut ops = MapOps::new(4);
+    for (status, tries) in [(GrantStatus::GENERAL_ERROR, 9), (GrantStatus::BAD_HANDLE, 1)] {
+        let w = world(1, DomainConfig { windows: 1, ..DomainConfig::dom0() });
+        let mapping = w.mapper.map(w.requests()[0]).unwrap();
+        let before = w.backend.hypercalls();
+        w.sim.inject(w.backend.id(), FaultPlan::every(Kind::Unmap, Fault::Status(status)));
+        drop(mapping);
+        for _ in 0..20 {
+            assert_eq!(w.mapper.retry_parked(&mut ops), 0);
+        }
+        assert_eq!((w.backend.hypercalls() - before).ops(Kind::Unmap), tries, "{status}");
+        assert_eq!((w.mapper.live(), w.mapper.parked()), (0, 1), "and still counted");
+        let lost = w.mapper.map(w.requests()[0]).err();
+        assert_eq!(lost, Some(MapError::NoWindow), "never mapped over");
+        assert_eq!(w.sim.violations(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn hostile_83_no_more_than_some_are_kept_to_be_tried_again() {
+    let w = world(80, DomainConfig { windows: 80, ..DomainConfig::dom0() });
+    let mappings: Vec<_> = w.map_all(&w.requests()).into_iter().map(Result::unwrap).collect();
+    w.sim.inject(w.backend.id(), FaultPlan::next(Kind::Unmap, Fault::Errno(Errno::FAULT)));
+    assert_eq!(w.unmap_all(mappings), 80);
+    assert_eq!(w.mapper.retry_parked(&mut MapOps::new(100)), 64);
+    assert_eq!(w.mapper.parked(), 16, "lost, and counted");
+    assert_eq!(w.sim.ledger().held_by(w.backend.id()).mappings().len(), 16);
     assert_eq!(w.sim.violations(), Vec::<String>::new());
 }

@@ -45,7 +45,7 @@ pub enum Change {
         /// Its new value.
         value: Vec<u8>,
     },
-    /// Sets a value if the node exists and the value differs: how states are switched, so that a removed device does
+    /// Sets a value if the node exists (and may be seen) and the value differs: how states are switched, so that a removed device does
     /// not come back and an unchanged state wakes nobody.
     Update {
         /// The node.
@@ -75,9 +75,10 @@ pub enum Change {
 /// What a job that succeeded brings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// Of [`Client::read_many`]: a value per path, in order; `None` for a node that does not exist.
+    /// Of [`Client::read_many`]: a value per path, in order; `None` for a node that does not exist, or that this domain
+    /// may not see, as the store does not tell which.
     Values(Vec<Option<Vec<u8>>>),
-    /// Of [`Client::list`]: the children's names; `None` for a node that does not exist.
+    /// Of [`Client::list`]: the children's names; `None` as for a value.
     Names(Option<Vec<String>>),
     /// Of [`Client::get_perms`].
     Perms(Vec<Perm>),

@@ -133,6 +133,25 @@ fn conflicting_transactions_are_retried() {
     assert_eq!(world.server.stats().transactions, 0);
 }
 
+/// What was somebody else's and is gone with the permissions on it cannot be told from what may not be seen.
+#[test]
+fn what_may_not_be_seen_is_not_there() {
+    let mut world = World::new(1);
+    let guest = world.add_domain(5);
+    let hidden = "/local/domain/0/hidden/node";
+    let job = world.client(0).commit([write(hidden, "1")]);
+    assert_eq!(world.run(0, job), Ok(Outcome::Committed));
+    for path in [hidden, "/local/domain/0/hidden/none"] {
+        assert_eq!(world.values(guest, &[path]), [None]);
+        let job = world.client(guest).list(path);
+        assert_eq!(world.run(guest, job), Ok(Outcome::Names(None)));
+        let update = Change::Update { path: path.into(), value: b"6".to_vec() };
+        let job = world.client(guest).commit([update]);
+        assert_eq!(world.run(guest, job), Ok(Outcome::Committed));
+    }
+    assert_eq!(world.values(0, &[hidden]), [Some("1".into())]);
+}
+
 #[test]
 fn a_commit_that_fails_changes_nothing() {
     let mut world = World::new(1);

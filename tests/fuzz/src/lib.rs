@@ -10,6 +10,7 @@
 
 mod backend;
 mod ctrl_ring;
+mod frontend;
 mod input;
 mod page;
 mod rx_chain;
@@ -35,4 +36,5 @@ pub const TARGETS: &[Target] = &[
     Target { name: "store-client", run: store_client::run },
     Target { name: "store-server", run: store_server::run },
     Target { name: "backend", run: backend::run },
+    Target { name: "frontend", run: frontend::run },
 ];

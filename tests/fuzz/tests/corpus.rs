@@ -43,4 +43,5 @@ targets! {
     store_client = "store-client",
     store_server = "store-server",
     backend = "backend",
+    frontend = "frontend",
 }

@@ -6,6 +6,7 @@ mod console;
 mod cpio;
 mod elf;
 mod fdt;
+mod fuzz;
 mod host;
 mod images;
 mod machine;
@@ -18,6 +19,7 @@ mod scenario;
 mod toolchain;
 mod ui;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -53,6 +55,17 @@ enum What {
         /// Its name, from `cargo lab list`
         scenario: Option<String>,
     },
+    /// Feed targets with bytes that nobody expects, each for a while
+    Fuzz {
+        /// Targets, from `tests/fuzz/corpus`; all if none is named
+        targets: Vec<String>,
+        /// How long to run each, in seconds
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+        /// Run the one target named on this input alone
+        #[arg(long)]
+        input: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -86,6 +99,13 @@ fn act(what: &What) -> Result<ExitCode> {
             (scenario.boot)(scenario.name)?;
         }
         What::Test { scenario } => return test(scenario.as_deref()),
+        What::Fuzz { targets, seconds, input } => {
+            return match (input, targets.as_slice()) {
+                (None, _) => fuzz::run(targets, *seconds),
+                (Some(input), [target]) => fuzz::replay(target, input),
+                (Some(_), _) => anyhow::bail!("an input belongs to one target: name it"),
+            };
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -101,6 +101,14 @@ pub fn headers() -> Result<()> {
     Ok(())
 }
 
+/// A C++ compiler, for the fuzzing engine; installed if it is missing.
+pub fn cxx() -> Result<()> {
+    if paths::program("c++").is_none() {
+        install("a C++ compiler", "g++")?;
+    }
+    Ok(())
+}
+
 /// Installs a package of Debian on this machine, if that is possible.
 fn install(missing: &str, package: &str) -> Result<()> {
     ensure!(

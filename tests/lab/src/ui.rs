@@ -56,6 +56,11 @@ impl Task {
         self.bar.set_prefix(text.to_owned());
     }
 
+    /// Prints something while it goes on.
+    pub fn aside(&self, print: impl FnOnce()) {
+        self.bar.suspend(print);
+    }
+
     /// It is done: one line stays, with what came of it.
     pub fn done(self, result: &str) {
         let seconds = self.started.elapsed().as_secs_f32();

@@ -322,6 +322,18 @@ impl Grants {
     }
 }
 
+/// Copies from page to page, a piece at a time.
+fn copy_bytes(from: Page, at: usize, to: Page, to_at: usize, len: usize) {
+    let mut buffer = [0; 256];
+    for done in (0..len).step_by(buffer.len()) {
+        let piece = buffer.len().min(len - done);
+        if let Some(piece) = buffer.get_mut(..piece) {
+            from.read(at + done, piece);
+            to.write(to_at + done, piece);
+        }
+    }
+}
+
 impl State {
     /// Begins a use of an entry; answers the frame. `map` or copy: the checks differ in little.
     fn pin(
@@ -445,9 +457,8 @@ impl State {
             let (len, at, to_at) =
                 (usize::from(op.len), usize::from(op.source.offset), usize::from(op.dest.offset));
             let fits = at + len <= PAGE_SIZE && to_at + len <= PAGE_SIZE;
-            if let Some(buffer) = [0; PAGE_SIZE].get_mut(..len).filter(|_| fits) {
-                from.read(at, buffer);
-                to.write(to_at, buffer);
+            if fits {
+                copy_bytes(from, at, to, to_at, len);
             }
             if let Some((of, gref)) = to_pin {
                 self.unpin(of, gref, false);

@@ -159,7 +159,7 @@ impl Job {
                     }
                     None
                 }
-                Err(XsError::ENOENT) => None,
+                Err(error) if is_absent(error) => None,
                 Err(error) => Some(Error::Store { error, at }),
             },
             Work::List(list) => list.reply(reply).ok_or(kind)?,
@@ -222,7 +222,7 @@ impl List {
                 self.ask = true;
                 Some(None)
             }
-            Err(XsError::ENOENT) => {
+            Err(error) if is_absent(error) => {
                 self.names = None;
                 Some(None)
             }
@@ -251,6 +251,13 @@ impl List {
         }
         Some((self.offset > LIST_MAX).then_some(Error::TooManyChildren))
     }
+}
+
+/// Whether a node that was to be read counts as missing. The store does not tell a domain that may not look at a node's
+/// parents whether it exists (Xen, tools/xenstore, `errno_from_parents`), so that a directory of somebody else's which
+/// goes with the permissions on it is, to a driver domain, forbidden from then on.
+fn is_absent(error: XsError) -> bool {
+    matches!(error, XsError::ENOENT | XsError::EACCES)
 }
 
 /// Appends names from a payload, and tells whether the empty one ended it; `None` if the payload is malformed.
@@ -350,7 +357,7 @@ impl Commit {
                     Phase::Apply { next: at + 1, update: Update::Unknown }
                 };
             }
-            (Phase::Apply { .. }, Err(XsError::ENOENT)) if kind == Kind::Read => {
+            (Phase::Apply { .. }, Err(error)) if kind == Kind::Read && is_absent(error) => {
                 self.phase = Phase::Apply { next: at + 1, update: Update::Unknown };
             }
             // Its parent does not exist either.
