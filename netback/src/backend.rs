@@ -139,6 +139,11 @@ impl<H: Hypervisor> Backend<H> {
         let config = Config { max_queues: config.max_queues.clamp(1, MAX_QUEUES), ..config };
         let features = Features::read(hv)?;
         let wanted = possible(features.snapshot().bits(), &config.facts) & config.policy.allowed;
+        let ops = if config.facts.grant_copy {
+            CopyOps::new(COPIES)
+        } else {
+            CopyOps::by_mapping(COPIES, &mapper)
+        };
         Ok(Self {
             hv: hv.clone(),
             features,
@@ -154,7 +159,7 @@ impl<H: Hypervisor> Backend<H> {
             switch_counters: SwitchCounters::default(),
             local: VecDeque::with_capacity(LOCAL_PACKETS),
             table: Table::new(config.policy.max_lent),
-            ops: CopyOps::new(COPIES),
+            ops,
             map_ops: MapOps::new(MAPS),
             scratch: Scratch::new(),
             planned_maps: 0,

@@ -23,6 +23,7 @@ use evtchn::{Channel, Eoi, Upcalls, Work};
 use features::Features;
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
+use netback::datapath::{Arch, Facts, Policy, Uplink, Withdrawal};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Notice};
 use runtime::{BootInfo, Hv};
@@ -91,9 +92,11 @@ impl Dom0 {
             switch: SwitchLimits::default(),
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
             seed: Seed(now.0.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15, now.0),
+            facts: Facts::probe(&hv, Arch::Arm, false, Uplink::Stack),
+            policy: Policy::default(),
         };
         let mut backend =
-            Backend::new(&hv, binder.clone(), mapper.clone(), &mut store.client, config);
+            Backend::new(&hv, binder.clone(), mapper.clone(), &mut store.client, config)?;
         let addresses = [
             IpCidr::new(Ipv4Address::new(10, 9, 0, 1).into(), 24),
             IpCidr::new(Ipv6Address::new(0xfd09, 0, 0, 0, 0, 0, 0, 1).into(), 64),
@@ -171,7 +174,7 @@ impl Dom0 {
     fn on_store(&mut self, event: &Event, now: Instant) {
         let client = &mut self.store.client;
         match self.withdrawn.on_store(client, event) {
-            Heard::Value(value) => withdraw(&mut self.backend, &value, now),
+            Heard::Value(value) => withdraw(&mut self.backend, &value),
             Heard::Nothing => {}
             Heard::Other => {
                 if !self.console.on_store(client, event) {
@@ -199,8 +202,13 @@ impl Dom0 {
 }
 
 /// Applies the operator's word: what it names is withdrawn, all else is given back.
-fn withdraw(_backend: &mut Backend<Hv>, value: &str, _now: Instant) {
-    log::info!("dom0: withdrawn: {}", value.escape_debug());
+fn withdraw(backend: &mut Backend<Hv>, value: &str) {
+    let (withdrawal, unknown) = Withdrawal::parse(value);
+    for word in unknown {
+        log::warn!("dom0: withdrawn: {} is no datapath or feature", word.escape_debug());
+    }
+    log::info!("dom0: withdrawn: {} {:?}", withdrawal.paths, withdrawal.bits);
+    backend.set_withdrawn(&withdrawal);
 }
 
 fn tell(notice: &Notice) {

@@ -80,13 +80,11 @@ fn write_all(text: &mut String, sources: &Sources<'_>) -> fmt::Result {
 /// A value of each vif, by direction.
 type Pick = fn(&Direction) -> u64;
 
-const BY_DIRECTION: [(&str, Pick, &str); 9] = [
+const BY_DIRECTION: [(&str, Pick, &str); 7] = [
     ("netback_vif_packets_total", |way| way.packets, "Packets carried; tx is from the guest."),
     ("netback_vif_bytes_total", |way| way.bytes, "Bytes carried."),
     ("netback_vif_gso_packets_total", |way| way.gso_packets, "Packets that stood for several."),
     ("netback_vif_fixed_up_total", |way| way.fixed_up, "Packets whose checksum mark was missing."),
-    ("netback_hypercalls_total", |way| way.hypercalls, "Grant copy hypercalls."),
-    ("netback_grant_copies_total", |way| way.copies, "Grant copies in them."),
     ("netback_notifications_total", |way| way.notifications, "Notifications sent."),
     ("netback_publishes_total", |way| way.publishes, "Times responses were published."),
     ("netback_spurious_events_total", |way| way.spurious, "Events that announced nothing."),

@@ -85,9 +85,7 @@ pub(crate) fn other_backend(backend: DomId, guest: DomId, mac: MacAddr) -> Vec<C
     let mut changes = vif(backend, guest, mac, None);
     // The frontend's own state is its own: only whom it belongs with changes.
     changes.retain(|change| match change {
-        Change::Write { path, .. } => {
-            !path.starts_with(&front) || path.contains("/backend")
-        }
+        Change::Write { path, .. } => !path.starts_with(&front) || path.contains("/backend"),
         Change::Mkdir { path } => *path != front,
         _ => true,
     });

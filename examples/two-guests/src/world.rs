@@ -201,8 +201,7 @@ impl World {
         let backend = Backend::new(&hv, binder, mapper.clone(), &mut client, config);
         let id = hv.id();
         let notices = Vec::new();
-        self.backend =
-            Some(BackendDomain { hv, backend, mapper, notices, upcalls, client, conn });
+        self.backend = Some(BackendDomain { hv, backend, mapper, notices, upcalls, client, conn });
         for guest in self.guests.iter().flatten() {
             self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac));
         }

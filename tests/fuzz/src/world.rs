@@ -6,6 +6,7 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port, VcpuId};
+use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Notice};
 use netfront::{Frontend, Meta};
@@ -177,9 +178,11 @@ impl World {
             max_vifs: 8,
             switch: SwitchLimits::default(),
             seed: Seed(1, 2),
+            facts: Facts::probe(&hv, Arch::Arm, false, Uplink::Stack),
+            policy: Policy::default(),
         };
         let (binder, mapper) = (upcalls.binder(), Mapper::new(&hv));
-        let backend = Backend::new(&hv, binder, mapper, &mut client, config);
+        let backend = Backend::new(&hv, binder, mapper, &mut client, config).expect("features");
         let now = Instant(SECOND);
         let guests = Vec::new();
         let mut world =
