@@ -60,6 +60,18 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// A machine that is quickly made, for those who make many: few packet buffers.
+    #[must_use]
+    pub fn small(seed: u64) -> Self {
+        let mut config = Self { seed, ..Self::default() };
+        let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
+        config.backend.small_buffers = buffers(256);
+        config.backend.large_buffers = buffers(8);
+        config
+    }
+}
+
 /// Somewhere that frames come from and go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
@@ -204,7 +216,8 @@ impl World {
         self.backend =
             Some(BackendDomain { hv, backend, mapper, notices, upcalls, client, conn });
         for guest in self.guests.iter().flatten() {
-            self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac));
+            let rate = guest.config.rate.as_deref();
+            self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac, rate));
         }
     }
 

@@ -10,10 +10,10 @@ const MS: u64 = SECOND / 1000;
 const PLACES: [Place; 3] = [Place::Guest(0), Place::Guest(1), Place::Outside];
 
 /// Two guests and the outside, each of which sends frames of all sizes to the others.
-fn frames(config: Config, guest: &GuestConfig) -> World {
+fn frames(config: Config) -> World {
     let mut world = World::new(config);
     for _ in 0..2 {
-        world.add_guest(guest.clone()).unwrap();
+        world.add_guest(GuestConfig::small()).unwrap();
     }
     for from in PLACES {
         for to in PLACES.into_iter().filter(|to| *to != from) {
@@ -24,10 +24,6 @@ fn frames(config: Config, guest: &GuestConfig) -> World {
     world
 }
 
-fn seeded(seed: u64) -> Config {
-    Config { seed, ..Config::default() }
-}
-
 fn assert_clean(world: &World, tally: Tally) {
     let drops: Vec<_> = (0..2).filter_map(|guest| world.vif(guest)).collect();
     assert!(tally.is_clean(), "{tally}\n{drops:#?}");
@@ -36,12 +32,12 @@ fn assert_clean(world: &World, tally: Tally) {
 
 #[test]
 fn frames_arrive_once_and_in_order() {
-    for seed in 0..10 {
-        let mut world = frames(seeded(seed), &GuestConfig::default());
+    for seed in 0..3 {
+        let mut world = frames(Config::small(seed));
         world.connect().unwrap();
-        world.run_for(5 * MS);
+        world.run_for(MS);
         let tally = world.finish();
-        assert!(tally.received > 10_000, "{tally:?}");
+        assert!(tally.received > 1000, "{tally:?}");
         assert_eq!(tally.excused, 0);
         assert_clean(&world, tally);
     }
@@ -49,7 +45,7 @@ fn frames_arrive_once_and_in_order() {
 
 #[test]
 fn streams_arrive_whole() {
-    let mut world = World::new(seeded(3));
+    let mut world = World::new(Config::small(3));
     for _ in 0..2 {
         world.add_guest(GuestConfig::default()).unwrap();
     }
@@ -59,13 +55,13 @@ fn streams_arrive_whole() {
             world.stream(server, client);
         }
     }
-    world.run_for(4 * MS);
+    world.run_for(MS);
     let pulled = |world: &World| -> u64 {
         let hosts = world.guests().map(|guest| &guest.host).chain([world.outside()]);
         hosts.filter_map(|host| Some(host.tcp.as_ref()?.bytes())).sum()
     };
     let before = pulled(&world);
-    assert!(before > 1_000_000, "{before}");
+    assert!(before > 200_000, "{before}");
     let tally = world.finish();
     assert!(pulled(&world) > before, "the blocks that were on their way arrived");
     assert_clean(&world, tally);
@@ -74,10 +70,10 @@ fn streams_arrive_whole() {
 #[test]
 fn the_same_seed_is_the_same_run() {
     let run = |seed| {
-        let mut world = frames(seeded(seed), &GuestConfig::default());
+        let mut world = frames(Config::small(seed));
         world.connect().unwrap();
         let connected = (world.steps(), world.now);
-        world.run_for(5 * MS);
+        world.run_for(MS / 2);
         let tally = world.finish();
         (connected, world.steps(), world.now, tally, world.sim.hypercalls(hypercall::DomId(0)))
     };
@@ -87,10 +83,10 @@ fn the_same_seed_is_the_same_run() {
 
 /// What a run comes to in which somebody does `misdeed` between guest 0 and its interface.
 fn sabotaged(misdeed: Misdeed) -> Tally {
-    let mut world = frames(seeded(9), &GuestConfig::default());
+    let mut world = frames(Config::small(9));
     world.connect().unwrap();
     world.guest_mut(0).unwrap().host.sabotage(misdeed, 4);
-    world.run_for(5 * MS);
+    world.run_for(MS);
     world.finish()
 }
 
@@ -125,21 +121,21 @@ fn a_bit_that_flips_is_noticed() {
 
 #[test]
 fn a_bit_that_flips_in_a_stream_is_noticed() {
-    let mut world = World::new(seeded(4));
+    let mut world = World::new(Config::small(4));
     for _ in 0..2 {
         world.add_guest(GuestConfig::default()).unwrap();
     }
     world.connect().unwrap();
     world.stream(Place::Guest(0), Place::Guest(1));
     world.guest_mut(1).unwrap().host.sabotage(Misdeed::Corrupt, 4);
-    world.run_for(4 * MS);
+    world.run_for(MS);
     assert!(world.finish().corrupt > 0);
 }
 
 #[test]
 fn a_guest_that_dies_takes_nothing_with_it() {
-    for seed in 0..20 {
-        let mut world = frames(seeded(seed), &GuestConfig::default());
+    for seed in 0..8 {
+        let mut world = frames(Config::small(seed));
         let mut random = two_guests::Random::new(seed);
         for _ in 0..random.below(600) {
             world.step();
@@ -151,30 +147,36 @@ fn a_guest_that_dies_takes_nothing_with_it() {
         assert_eq!(held.to_string(), "", "seed {seed}");
         world.start_guest(0).unwrap();
         world.connect().unwrap();
-        world.run_for(2 * MS);
+        world.run_for(MS / 2);
         let tally = world.finish();
         assert_clean(&world, tally);
-        assert!(tally.received > 1000);
+        assert!(tally.received > 300);
     }
 }
 
 #[test]
 fn a_driver_domain_that_dies_is_replaced() {
-    for seed in 0..10 {
+    for seed in 0..3 {
         let domain = sim::DomainConfig { privileged: false, ..sim::DomainConfig::dom0() };
-        let config = Config { driver_domain: true, domain, ..seeded(seed) };
-        let mut world = frames(config, &GuestConfig::default());
+        let config = Config { driver_domain: true, domain, ..Config::small(seed) };
+        let mut world = frames(config);
         world.connect().unwrap();
         world.run_for(MS);
         let id = world.backend().unwrap().hv.id();
         assert!(world.kill_backend());
         world.run_for(MS);
         world.start_backend();
-        world.connect().unwrap();
+        if world.connect().is_err() {
+            let mut all = String::new();
+            for guest in world.guests() {
+                all += &format!("{:?} {:?}\n", guest.nic.frontend(), guest.notices);
+            }
+            panic!("{all}{:?}", world.backend().unwrap().notices);
+        }
         assert_eq!(world.ledger().held_by(id).to_string(), "", "seed {seed}");
-        world.run_for(2 * MS);
+        world.run_for(MS / 2);
         let tally = world.finish();
-        assert!(tally.received > 1000, "{tally:?}");
+        assert!(tally.received > 300, "{tally:?}");
         assert_eq!((tally.duplicated, tally.reordered, tally.corrupt), (0, 0, 0));
     }
 }
@@ -186,7 +188,7 @@ fn a_machine_is_cheap() {
     let mut best = u128::MAX;
     for seed in 0..20 {
         let start = Instant::now();
-        let mut world = frames(seeded(seed), &GuestConfig::default());
+        let mut world = frames(Config::small(seed));
         world.connect().unwrap();
         best = best.min(start.elapsed().as_micros());
     }
