@@ -29,6 +29,10 @@ pub trait SharedMemory {
 
 /// Atomic access to a page that somebody else can write. Does not own the page: its owner (a mapping, or a granted
 /// page) lends it out.
+///
+/// Words and bytes are accessed in atomics of different sizes, which Rust's memory model does not define where they race.
+/// The peer is outside that model, another domain; within ours, a ring orders its ends' accesses to a slot, and a buffer
+/// has one holder at a time.
 #[derive(Debug)]
 pub struct SharedPage {
     base: NonNull<u8>,

@@ -140,6 +140,8 @@ pub struct Frontend<H: Hypervisor> {
     mtu: Option<u16>,
     /// The toolstack trusts the backend.
     trusted: bool,
+    /// The toolstack had set the interface up; without its nodes it is gone.
+    seen: bool,
     /// What we last wrote; `None` before the first look.
     own: Option<State>,
     step: Step,
@@ -205,6 +207,7 @@ impl<H: Hypervisor> Frontend<H> {
             mac: None,
             mtu: None,
             trusted: true,
+            seen: false,
             own: None,
             step: Step::Idle,
             dirty: true,

@@ -85,10 +85,11 @@ impl<H: Hypervisor> Maker<'_, H> {
 
     /// Rings, pages and ports that no backend knows of yet; what was done is undone where the rest fails.
     pub(crate) fn make(&self, split: bool) -> Result<Queue<H>, Refusal> {
-        let channels = if split {
-            Channels::Split { tx: self.channel()?, rx: self.channel()? }
-        } else {
-            Channels::Shared(self.channel()?)
+        let first = self.channel()?;
+        // Where ports are short, one does for both.
+        let channels = match split.then(|| self.channel()) {
+            Some(Ok(rx)) => Channels::Split { tx: first, rx },
+            Some(Err(_)) | None => Channels::Shared(first),
         };
         Ok(Queue {
             tx: TxQueue::new(self, self.page()?),

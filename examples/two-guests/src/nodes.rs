@@ -79,15 +79,14 @@ pub(crate) fn vif(backend: DomId, guest: DomId, mac: MacAddr, rate: Option<&str>
     changes
 }
 
-/// Gives a guest's interface another backend.
-pub(crate) fn other_backend(backend: DomId, guest: DomId, mac: MacAddr) -> Vec<Change> {
-    let front = front(guest);
-    let mut changes = vif(backend, guest, mac, None);
-    // The frontend's own state is its own: only whom it belongs with changes.
-    changes.retain(|change| match change {
-        Change::Write { path, .. } => !path.starts_with(&front) || path.contains("/backend"),
-        Change::Mkdir { path } => *path != front,
-        _ => true,
-    });
+/// Gives a guest's interface another backend: nodes that the new one may read.
+pub(crate) fn other_backend(
+    backend: DomId,
+    guest: DomId,
+    mac: MacAddr,
+    rate: Option<&str>,
+) -> Vec<Change> {
+    let mut changes = vec![Change::Rm { path: front(guest) }];
+    changes.extend(vif(backend, guest, mac, rate));
     changes
 }

@@ -36,9 +36,9 @@ impl Nic {
     /// Domain 0's driver: takes what is to go out, and hands in what came. Answers whether there was anything.
     pub(crate) fn drive(&mut self, backend: &mut Backend<SimHv>, now: Instant) -> bool {
         let mut some = false;
-        while let Some(packet) = backend.receive_local() {
+        while let Some(mut packet) = backend.receive_local() {
             some = true;
-            if self.sending.len() < RING {
+            if packet.make_whole(backend.pools()) && self.sending.len() < RING {
                 self.sending.push_back(packet);
             } else {
                 self.overruns += 1;

@@ -6,6 +6,7 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::Mapper;
 use hypercall::{DomId, Errno, Instant, VcpuId};
+use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Notice, VifId, VifStatus};
 use netif::mac::MacAddr;
@@ -52,11 +53,31 @@ impl Default for Config {
                 max_vifs: 16,
                 switch: SwitchLimits::default(),
                 seed: Seed(1, 2),
+                facts: Facts {
+                    arch: Arch::Arm,
+                    grant_copy: true,
+                    cache_flush: true,
+                    iommu_maps: false,
+                    uplink: Uplink::Stack,
+                },
+                policy: Policy::default(),
             },
             domain: DomainConfig::dom0(),
             driver_domain: false,
             tick: 10_000,
         }
+    }
+}
+
+impl Config {
+    /// A machine that is quickly made, for those who make many: few packet buffers.
+    #[must_use]
+    pub fn small(seed: u64) -> Self {
+        let mut config = Self { seed, ..Self::default() };
+        let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
+        config.backend.small_buffers = buffers(256);
+        config.backend.large_buffers = buffers(8);
+        config
     }
 }
 
@@ -126,12 +147,12 @@ pub struct World {
     outside: Host,
     uplink: Nic,
     flows: Vec<(Place, Place, Flow)>,
+    /// Those that begin when both ends are there.
+    pending: Vec<(Place, Place, Flow)>,
     stations: u32,
     streams: u16,
-    /// Of lives that are over.
+    /// Of lives and connections that are over: what was in flight then may be gone.
     graves: Vec<Frames>,
-    /// Connections were cut: what was in flight then may be gone.
-    cut: bool,
     random: Random,
     /// Who still has a turn in this round, the next one last.
     order: Vec<Actor>,
@@ -168,10 +189,10 @@ impl World {
             outside,
             uplink: Nic::default(),
             flows: Vec::new(),
+            pending: Vec::new(),
             stations: 1,
             streams: 0,
             graves: Vec::new(),
-            cut: false,
             random,
             order: Vec::new(),
             idle: Vec::new(),
@@ -198,12 +219,14 @@ impl World {
         let mapper = Mapper::new(&hv);
         let mut client = Client::new();
         let (binder, config) = (upcalls.binder(), self.config.backend);
-        let backend = Backend::new(&hv, binder, mapper.clone(), &mut client, config);
+        let backend = Backend::new(&hv, binder, mapper.clone(), &mut client, config)
+            .expect("Xen says what it offers");
         let id = hv.id();
         let notices = Vec::new();
         self.backend = Some(BackendDomain { hv, backend, mapper, notices, upcalls, client, conn });
         for guest in self.guests.iter().flatten() {
-            self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac));
+            let rate = guest.config.rate.as_deref();
+            self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac, rate));
         }
     }
 
@@ -219,7 +242,9 @@ impl World {
         drop(domain);
         self.server.domain_gone(id);
         self.toolstack.1.commit([Change::Rm { path: nodes::home(id) }]);
-        self.cut = true;
+        for place in self.places() {
+            self.renew(place);
+        }
         self.idle.clear();
         true
     }
@@ -257,14 +282,58 @@ impl World {
         if let Some(place) = self.guests.get_mut(index) {
             *place = Some(guest);
         }
-        let place = Place::Guest(index);
-        for (from, to, flow) in self.flows.clone() {
-            if from == place || to == place {
-                self.begin(from, to, flow);
-            }
-        }
+        self.suspend_flows(Place::Guest(index));
         self.idle.clear();
         Ok(())
+    }
+
+    /// The flows of a place begin when both ends are connected, be it for the first time or again.
+    fn suspend_flows(&mut self, place: Place) {
+        for pending in &self.flows {
+            let (from, to, _) = *pending;
+            let known = self.pending.iter().any(|(.., flow)| flow.id == pending.2.id);
+            if (from == place || to == place) && !known {
+                self.pending.push(*pending);
+            }
+        }
+    }
+
+    /// A place's connection is over. What was in flight may have arrived or not; what comes after is counted anew.
+    fn renew(&mut self, place: Place) {
+        let station = StationId(self.stations);
+        let fresh = Frames::new(station, self.random.next());
+        let Some(host) = self.host_mut(place) else { return };
+        let old = std::mem::replace(&mut host.frames, fresh);
+        self.stations += 1;
+        let station = old.station();
+        for other in self.hosts_mut() {
+            other.frames.end(station);
+        }
+        self.graves.push(old);
+        self.suspend_flows(place);
+    }
+
+    fn is_up(&self, place: Place) -> bool {
+        match place {
+            Place::Outside => self.backend.is_some(),
+            Place::Guest(index) => {
+                self.guest(index).is_some_and(Guest::is_connected)
+                    && self.vif(index).is_some_and(|vif| vif.queues > 0)
+            }
+        }
+    }
+
+    fn places(&self) -> Vec<Place> {
+        (0..self.guests.len()).map(Place::Guest).chain([Place::Outside]).collect()
+    }
+
+    fn begin_pending(&mut self) {
+        let up: Vec<_> = self.places().into_iter().filter(|place| self.is_up(*place)).collect();
+        let ready = |(from, to, _): &mut (Place, Place, Flow)| up.contains(from) && up.contains(to);
+        let ready: Vec<_> = self.pending.extract_if(.., ready).collect();
+        for (from, to, flow) in ready {
+            self.begin(from, to, flow);
+        }
     }
 
     /// Destroys a guest's domain, and has the toolstack say so to the backend in domain 0.
@@ -331,7 +400,8 @@ impl World {
         let id = self.flows.len() as u16;
         let flow = Flow { id, to: StationId(0), mac: self.mac(to), sizes, window };
         self.flows.push((from, to, flow));
-        self.begin(from, to, flow);
+        self.pending.push((from, to, flow));
+        self.idle.clear();
     }
 
     fn begin(&mut self, from: Place, to: Place, flow: Flow) {
@@ -340,7 +410,6 @@ impl World {
         if let Some(from) = self.host_mut(from) {
             from.frames.begin(Flow { to, ..flow }, now);
         }
-        self.idle.clear();
     }
 
     /// Has one place pull a stream by TCP from another. Does not outlive either.
@@ -470,6 +539,9 @@ impl World {
         let some = self.turn(actor);
         if some {
             self.idle.clear();
+            if !self.pending.is_empty() {
+                self.begin_pending();
+            }
         } else if !self.idle.contains(&actor) {
             self.idle.push(actor);
         }
@@ -496,8 +568,14 @@ impl World {
             Actor::Toolstack => self.turn_toolstack(),
             Actor::Backend => self.turn_backend(),
             Actor::Guest(index) => {
-                let guest = self.guests.get_mut(index).and_then(Option::as_mut);
-                guest.is_some_and(|guest| guest.turn(&mut self.server, now))
+                let Some(Some(guest)) = self.guests.get_mut(index) else { return false };
+                let before = guest.notices.len();
+                let some = guest.turn(&mut self.server, now);
+                let new = guest.notices.get(before..).unwrap_or_default();
+                if new.contains(&netfront::Notice::Disconnected) {
+                    self.renew(Place::Guest(index));
+                }
+                some
             }
             Actor::Outside => {
                 self.uplink.turn(16 + self.random.below(240));
@@ -520,6 +598,7 @@ impl World {
         let (now, server) = (self.now, &mut self.server);
         let Some(domain) = &mut self.backend else { return false };
         let BackendDomain { backend, notices, upcalls, client, conn, hv, .. } = domain;
+        let mut cut = Vec::new();
         let mut some = converse(server, *conn, client);
         some |= upcalls.scan(64, |port| {
             backend.on_event(port);
@@ -538,12 +617,18 @@ impl World {
                     let path = format!("{}/hotplug-status", nodes::back(hv.id(), *domain));
                     self.toolstack.1.commit([nodes::write(path, "connected")]);
                 }
-                Notice::Disconnected(_) => self.cut = true,
+                Notice::Disconnected(vif) => cut.push(vif.domain),
                 _ => {}
             }
             notices.push(notice);
         }
-        some | converse(server, *conn, client)
+        some |= converse(server, *conn, client);
+        for domain in cut {
+            if let Some(index) = self.index_of(domain) {
+                self.renew(Place::Guest(index));
+            }
+        }
+        some
     }
 
     /// Gives turns until `until` says that it is enough, or so many nanoseconds have passed.
@@ -574,10 +659,13 @@ impl World {
     /// Whether packets flow between all guests that live and the backend.
     #[must_use]
     pub fn is_connected(&self) -> bool {
-        (0..self.guests.len()).filter(|index| self.guest(*index).is_some()).all(|index| {
-            self.guest(index).is_some_and(Guest::is_connected)
-                && self.vif(index).is_some_and(|vif| vif.queues > 0)
-        })
+        let living = (0..self.guests.len()).filter(|index| self.guest(*index).is_some());
+        living.map(Place::Guest).chain([Place::Outside]).all(|place| self.is_up(place))
+    }
+
+    fn index_of(&self, domain: DomId) -> Option<usize> {
+        let of = |guest: &Option<Guest>| guest.as_ref().is_some_and(|guest| guest.id() == domain);
+        self.guests.iter().position(of)
     }
 
     /// Gives turns until all guests are connected, for up to a minute.
@@ -614,7 +702,7 @@ impl World {
         for (from, dead) in frames() {
             for (to, other_dead) in frames() {
                 let mut tally = from.settle_with(to);
-                if dead || other_dead || self.cut {
+                if dead || other_dead {
                     tally.excused += std::mem::take(&mut tally.lost);
                 }
                 sum += tally;

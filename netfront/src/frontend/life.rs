@@ -98,7 +98,7 @@ impl<H: Hypervisor> Frontend<H> {
             }
             // Our own directory: not there yet, or taken away.
             (Step::Look(_), Err(Error::Store { .. })) => {
-                if self.own.is_some() {
+                if self.seen {
                     self.remove(client);
                 }
             }
@@ -124,12 +124,12 @@ impl<H: Hypervisor> Frontend<H> {
         self.mac = text(3).and_then(|mac| mac.parse().ok());
         self.trusted = value(5).and_then(parse_u32) != Some(0);
         let mtu = value(4).and_then(parse_u32).and_then(|mtu| mtu.try_into().ok());
-        if core::mem::replace(&mut self.mtu, mtu) != mtu && self.own.is_some() {
+        if core::mem::replace(&mut self.mtu, mtu) != mtu && self.seen {
             self.notices.push(Notice::Mtu(mtu));
         }
         let Some((path, id)) = backend else {
             // Not set up yet, or taken away.
-            if self.own.is_some() && value(0).is_none() {
+            if self.seen && value(0).is_none() {
                 self.remove(client);
             }
             return;
@@ -174,6 +174,7 @@ impl<H: Hypervisor> Frontend<H> {
         if let Some(watch) = self.watch.take() {
             client.unwatch(watch);
         }
+        self.seen = true;
         // Nothing of what the other was lent is its own any more; a page it still uses is parked.
         self.disconnect();
         self.forget();

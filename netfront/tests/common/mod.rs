@@ -317,6 +317,10 @@ impl<N: Nic> World<N> {
         self.mapper.map(request).unwrap()
     }
 
+    pub fn map_read_only(&self, gref: GrantRef) -> Mapping<SimHv> {
+        self.mapper.map(MapRequest { domain: DomId(1), gref, read_only: true }).unwrap()
+    }
+
     fn rings(&self, keys: &BTreeMap<&'static str, u32>) -> Rings {
         let (tx, rx) = (keys["tx-ring-ref"], keys["rx-ring-ref"]);
         let binder = self.own.binder();
@@ -357,6 +361,16 @@ impl<N: Nic> World<N> {
         self.settle();
     }
 
+    /// The backend takes the next request for a page, and answers so.
+    pub fn answer_rx(&mut self, rings: &mut Rings, responses: &[RxResponse]) {
+        rings.rx.poll().unwrap();
+        for response in responses {
+            rings.rx.take().unwrap();
+            rings.rx.push(*response).unwrap();
+        }
+        self.kick(rings);
+    }
+
     pub fn send(&mut self, count: usize) {
         for _ in 0..count {
             self.nic.frontend().send(0, &[7; 100], Meta::default()).unwrap();
@@ -369,11 +383,23 @@ impl<N: Nic> World<N> {
         self.settle();
     }
 
+    /// Has a node, or a tree, of the store removed by its owner's owner.
+    pub fn remove(&mut self, path: &str) {
+        self.dom0.1.commit([Change::Rm { path: path.into() }]);
+        self.settle();
+    }
+
+    /// The backend lets go of everything, and has gone through the states that say so.
+    pub fn backend_closes(&mut self, rings: impl Sized) {
+        drop(rings);
+        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
+    }
+
     /// The bytes behind a reference.
     pub fn peek(&self, gref: GrantRef, offset: u16, size: u16) -> Vec<u8> {
-        let request = MapRequest { domain: DomId(1), gref, read_only: true };
         let mut bytes = vec![0; size.into()];
-        self.mapper.map(request).unwrap().read_bytes(offset.into(), &mut bytes);
+        self.map_read_only(gref).read_bytes(offset.into(), &mut bytes);
         bytes
     }
 
@@ -407,6 +433,48 @@ impl World {
     /// Of an interface without a device around it.
     pub fn plain(config: Config) -> Self {
         Self::new(config)
+    }
+}
+
+impl World {
+    /// Nothing came of it: packets go both ways, the connection ends well, and nothing is held of it after.
+    pub fn assert_carried_on(&mut self, mut rings: Rings) {
+        self.settle();
+        assert!(self.nic.is_connected(), "{:?}", self.notices);
+        let faulted = |it: &&Notice| matches!(it, Notice::Faulted(_) | Notice::Refused(_));
+        assert_eq!(self.notices.iter().find(faulted), None);
+        rings.tx.poll().unwrap();
+        while let Some(request) = rings.tx.take() {
+            rings.tx.push(okay(request.id.0)).unwrap();
+        }
+        self.kick(&mut rings);
+        let received = self.received.len();
+        self.send(1);
+        assert_eq!(rings.tx.poll().unwrap(), 1);
+        rings.rx.poll().unwrap();
+        let request = rings.rx.take().unwrap();
+        rings.rx.push(rx(request.id.0, 8, RxFlags::empty(), 64)).unwrap();
+        self.kick(&mut rings);
+        // A channel that was throttled is heard again in the end.
+        self.pass(2_000_000_000);
+        assert_eq!(self.received.len(), received + 1);
+        self.assert_closes(rings);
+    }
+
+    /// Ends the connection from this side.
+    pub fn assert_closes(&mut self, rings: impl Sized) {
+        let now = self.now;
+        self.nic.close(&mut self.guest.1, now);
+        self.settle();
+        assert_eq!(self.nic.state(), State::Closing);
+        drop(rings);
+        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
+        assert_eq!(self.nic.state(), State::Closed);
+        self.assert_clean();
+        if self.neighbour.is_some() {
+            self.assert_unmoved();
+        }
     }
 }
 

@@ -290,3 +290,26 @@ fn untroubled(machine: &Machine, mark: usize) -> Result<String> {
     ensure!(odd.is_empty(), "{}", odd.join("; "));
     Ok(format!("{} lines, none of trouble", lines.len()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_vifs_is_summed_by_datapath() {
+        let lines = [
+            "vif      state         queues  features",
+            "1.0      Connected          1  sg,split",
+            "vif      way  datapath  packets  bytes  hypercalls",
+            "1.0      tx   direct    10       20000  3",
+            "1.0      rx   direct    99       99     9",
+            "1.0      tx   copy      1        60     1",
+            "2.0      tx   direct    5        300    2",
+        ];
+        let used = Used::parse(&lines.map(str::to_owned));
+        let (direct, map) = (used.of(DIRECT), used.of(MAP));
+        assert_eq!((direct.packets, direct.bytes), (15.0, 20_300.0));
+        assert_eq!((map.packets, map.bytes), (0.0, 0.0));
+        assert!(Used::parse(&[]).grew(&used, COPY));
+    }
+}
