@@ -16,7 +16,7 @@ use core::num::NonZeroUsize;
 
 use evtchn::{Binder, Channel, Eoi, Work};
 use grant::{CopyOps, Frame, FramePool, MapOps, MapRequest, Mapper, Mapping, PeerSpan};
-use hypercall::{DomId, GrantRef, Hypervisor, Instant, PAGE_SIZE, PageOffset, Port};
+use hypercall::{DomId, GrantRef, Hypervisor, Instant, PageOffset, Port};
 use netif::ctrl::{CtrlBackRing, CtrlRequest, CtrlResponse, CtrlStatus, CtrlType, StaticGrant};
 use netif::hash::MAX_KEY;
 use netif::keys;
@@ -243,7 +243,7 @@ impl<H: Hypervisor> Control<H> {
 
     /// Copies the first bytes of a page of the frontend's into ours. `None`: it has none such, or does not let us.
     fn fetch(&mut self, gref: GrantRef, len: usize, hv: &H) -> Option<&[u8]> {
-        let frame = self.page.as_mut().filter(|_| len <= PAGE_SIZE)?;
+        let frame = self.page.as_mut()?;
         let from = PeerSpan { domain: self.domain, gref, offset: PageOffset::ZERO };
         if len > 0 {
             let mut batch = self.ops.begin();

@@ -10,6 +10,7 @@ mod capture;
 mod console;
 mod editor;
 mod metrics;
+mod shell;
 mod sink;
 mod stack;
 mod store;
@@ -152,7 +153,7 @@ impl Dom0 {
             }
         });
         more |= self.serve(now);
-        more |= self.console.poll(&mut self.store.client, &self.backend, now);
+        more |= self.console.poll(&mut self.store.client, now, || vifs::table(&self.backend));
         for notice in self.backend.take_notices() {
             tell(&notice);
             self.toolstack.on_notice(&mut self.store.client, &notice);

@@ -176,7 +176,9 @@ mod tests {
             client.receive(&answer).unwrap();
             store.server.consume_output(guest, answer.len());
             while let Some(Event::Done { job, result }) = client.poll_event() {
-                assert!(result.is_err(), "{result:?}");
+                // To a client, what it may not see is not there.
+                let hidden = result == Ok(Outcome::Values([None].into()));
+                assert!(result.is_err() || job == read && hidden, "{result:?}");
                 refused.push(job);
             }
         }

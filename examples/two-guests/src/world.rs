@@ -18,6 +18,7 @@ use crate::check::Tally;
 use crate::frames::{Flow, Frames, Sizes, StationId};
 use crate::guest::{Guest, GuestConfig, converse};
 use crate::host::Host;
+use crate::levers::{Lever, Meter};
 use crate::nodes;
 use crate::random::Random;
 use crate::tcp::{StreamId, Tcp};
@@ -153,6 +154,8 @@ pub struct World {
     streams: u16,
     /// Of lives and connections that are over: what was in flight then may be gone.
     graves: Vec<Frames>,
+    /// What Xen advertises to the backend's domain.
+    advertised: u32,
     random: Random,
     /// Who still has a turn in this round, the next one last.
     order: Vec<Actor>,
@@ -193,6 +196,7 @@ impl World {
             stations: 1,
             streams: 0,
             graves: Vec::new(),
+            advertised: config.domain.features,
             random,
             order: Vec::new(),
             idle: Vec::new(),
@@ -483,6 +487,41 @@ impl World {
         self.backend.as_ref()?.backend.vifs().find(|vif| vif.id.domain == id)
     }
 
+    /// What a guest's vif has carried in this connection and all before it.
+    #[must_use]
+    pub fn meter(&self, guest: usize) -> Option<Meter> {
+        let back = self.vif(guest)?.counters;
+        let front = self.guest(guest)?.nic.frontend().counters();
+        let ends = [back.tx.notifications, back.rx.notifications];
+        let ends = ends.into_iter().chain([front.tx.notifications, front.rx.notifications]);
+        Some(Meter {
+            packets: back.tx.packets + back.rx.packets,
+            bytes: [back.tx.bytes + back.rx.bytes, 0, 0, 0, 0],
+            hypercalls: back.tx.hypercalls + back.rx.hypercalls,
+            notifications: ends.sum(),
+        })
+    }
+
+    /// Takes something away from the backend, under traffic.
+    pub fn withdraw(&mut self, lever: Lever) {
+        self.set(lever, false);
+    }
+
+    /// Gives it back.
+    pub fn restore(&mut self, lever: Lever) {
+        self.set(lever, true);
+    }
+
+    fn set(&mut self, lever: Lever, there: bool) {
+        let Some(domain) = &self.backend else { return };
+        if let Lever::Bits(bits) = lever {
+            let now = self.advertised;
+            self.advertised = if there { now | bits.bits() } else { now & !bits.bits() };
+            self.sim.set_features(domain.hv.id(), self.advertised);
+        }
+        self.idle.clear();
+    }
+
     /// Writes nodes as the toolstack.
     pub fn toolstack(&mut self, changes: impl IntoIterator<Item = Change>) {
         self.toolstack.1.commit(changes);
@@ -518,7 +557,6 @@ impl World {
     /// Gives the next domain its turn: in each round all have one, in an order of the seed's. When nobody has anything to do,
     /// the time comes at which somebody has. Answers who it was, and whether anything happened.
     pub fn step(&mut self) -> (Actor, bool) {
-        self.steps += 1;
         let actor = loop {
             match self.order.pop() {
                 Some(actor) if self.is_alive(actor) => break actor,
@@ -536,6 +574,11 @@ impl World {
                 }
             }
         };
+        (actor, self.act(actor))
+    }
+
+    fn act(&mut self, actor: Actor) -> bool {
+        self.steps += 1;
         let some = self.turn(actor);
         if some {
             self.idle.clear();
@@ -545,7 +588,7 @@ impl World {
         } else if !self.idle.contains(&actor) {
             self.idle.push(actor);
         }
-        (actor, some)
+        some
     }
 
     /// Whether nobody has anything to do before its time.
@@ -627,6 +670,20 @@ impl World {
             if let Some(index) = self.index_of(domain) {
                 self.renew(Place::Guest(index));
             }
+        }
+        some
+    }
+
+    /// Gives everybody one turn, in an order of the seed's, at a time of the caller's: for who has a clock of their own. Answers
+    /// whether anything happened.
+    pub fn round(&mut self, now: Instant) -> bool {
+        self.now = self.now.max(now);
+        self.order.clear();
+        let mut actors = self.actors();
+        self.random.shuffle(&mut actors);
+        let mut some = false;
+        for actor in actors {
+            some |= self.act(actor);
         }
         some
     }

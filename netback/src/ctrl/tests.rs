@@ -234,8 +234,8 @@ fn hostile_33_parameters_that_cannot_be() {
     let outcome = |w: &World| (0..50).map(|port| w.control.steer(&tcp(port))).collect::<Vec<_>>();
     let before = outcome(&w);
     let gref = page.gref().0;
-    let bad_queue = w.filled(&[0, 3, 0, 0]).gref().0;
-    let late_queue = w.filled(&[0, 0, 0, u32::MAX]).gref().0;
+    let pages = [w.filled(&[0, 3, 0, 0]), w.filled(&[0, 0, 0, u32::MAX])];
+    let [bad_queue, late_queue] = [&pages[0], &pages[1]].map(|page| page.gref().0);
     let foreign = w.table.share(DomId(7), true).unwrap();
     for (kind, data) in [
         (CtrlType::SET_HASH_KEY, [gref, 41, 0]),
@@ -379,6 +379,8 @@ fn static_pages_are_kept_until_they_are_taken_back() {
     assert_eq!(w.mapper.live(), before + 1);
     // What was taken back can be added again, and the rest goes with the ring.
     assert_eq!(w.add(1, &[(grefs[0], false)]), OK);
+    assert!(grefs[2] > grefs[0]);
+    assert!([0, 2].iter().all(|at| w.control.static_page(1, grefs[*at], true).is_some()));
     w.end();
 }
 
@@ -402,9 +404,18 @@ fn static_pages_are_added_all_or_not() {
         assert_eq!((w.mapper.live(), w.mapper.parked()), (live, 0), "{list:?}");
         assert_eq!(w.control.static_pages(), 1);
     }
-    for fault in [Fault::Status(GrantStatus::NO_DEVICE_SPACE), Fault::Errno(Errno::NOMEM)] {
-        w.sim.inject(w.back.id(), FaultPlan::next(Kind::Map, fault));
-        assert_eq!(w.add(0, &[entry(1), entry(2)]), INVALID);
+    // Two of three are mapped before it goes wrong, or none.
+    let no_space = Fault::Status(GrantStatus::NO_DEVICE_SPACE);
+    for (plan, mapped) in [
+        (FaultPlan::nth(Kind::Map, 2, no_space), 2),
+        (FaultPlan::next(Kind::Map, Fault::Partial(2, Errno::NOMEM)), 2),
+        (FaultPlan::next(Kind::Map, Fault::Errno(Errno::NOMEM)), 0),
+    ] {
+        let before = w.sim.hypercalls(w.back.id()).unwrap();
+        w.sim.inject(w.back.id(), plan);
+        assert_eq!(w.add(0, &[entry(1), entry(2), entry(3)]), INVALID);
+        let calls = w.sim.hypercalls(w.back.id()).unwrap() - before;
+        assert_eq!((calls.calls(Kind::Unmap), calls.ops(Kind::Unmap)), (mapped.min(1), mapped));
         assert_eq!((w.mapper.live(), w.control.static_pages()), (live, 1));
     }
     assert_eq!(w.add(0, &[entry(1), entry(2)]), OK);
