@@ -77,6 +77,10 @@ fn what_a_device_wrote_is_seen_after_an_invalidation() {
     assert!(dom0.invalidate_cache(page.address(), 16));
     assert_eq!(&cpu(&sim, &dom0, page, 8), b"old old ");
     assert_eq!(&cpu(&sim, &dom0, page, 0), b"received");
+    sim.write(dom0.id(), page, 64, b"old old ");
+    assert!(device.write(BusAddr(at.0 + 64), b"received"));
+    assert!(dom0.invalidate_cache(page.address() + 64, 64));
+    assert_eq!(&cpu(&sim, &dom0, page, 64), b"old old ", "nor are whole lines thrown away");
     let snooping = DmaConfig { coherent: true, ..DmaConfig::BARE };
     let snooping = DmaDevice::new(&sim, dom0.id(), snooping);
     assert!(snooping.write(at, b"at once!"));
@@ -254,7 +258,14 @@ fn behind_an_arm_iommu_machine_addresses_are_right_while_mapped() {
     let op = map_to_read(&dom0, guest.id(), 8, &dom0.window().unwrap());
     assert_eq!(&seen(&device, op.dev_bus_addr), b"a packet", "though no alias is advertised");
     assert!(!device.write(BusAddr(op.dev_bus_addr), b"x"));
-    assert!(device.write(bus(&sim, &dom0, frame(&dom0)), b"x"));
+    let own = dom0.alloc_pages(pages(1)).unwrap();
+    let at = bus(&sim, &dom0, dom0.virt_to_gfn(own));
+    assert!(device.write(at, b"x"));
+    assert_eq!(device.counts().stray, 0);
+    // SAFETY: the page of the call above; the device is the test's subject.
+    unsafe { dom0.free_pages(own, pages(1)) };
+    assert!(device.write(at, b"x"), "an IOMMU knows nothing of the kernel's allocator");
+    assert_eq!(device.counts().stray, 1);
     assert!(unmap(&dom0, &op).is_ok());
     assert_eq!(seen(&device, op.dev_bus_addr), GARBAGE);
     assert_eq!(device.counts().faults, 3);
