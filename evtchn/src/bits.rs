@@ -1,13 +1,20 @@
 //! The event bits in the shared info page: 2-level, 4,096 channels.
 
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
+#[cfg(not(loom))]
+use core::sync::atomic::{AtomicU8, AtomicU64};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU8, AtomicU64};
 
 use hypercall::arch::shared_info as layout;
 use hypercall::{Hypervisor, Port, VcpuId};
 
 /// Words in each bitmap, and bits in each word.
 pub(crate) const WORDS: usize = 64;
+
+/// Bytes in memory for each byte of the page: a model checker's atomics are larger than what they stand for.
+const SCALE: usize = if cfg!(loom) { 8 } else { 1 };
 
 /// Where the bits are. Valid as long as the handle it came from, which its holders keep beside it.
 #[derive(Clone, Copy, Debug)]
@@ -32,12 +39,12 @@ impl EventBits {
         // SAFETY: callers below pass offsets of 8-byte fields within the page (layout constants, and word indices that
         // are taken modulo `WORDS`), which `Hypervisor::shared_info` promises valid for atomic access while a handle
         // lives.
-        unsafe { self.base.add(offset).cast().as_ref() }
+        unsafe { self.base.add(offset * SCALE).cast().as_ref() }
     }
 
     pub(crate) fn upcall_pending(&self) -> &AtomicU8 {
         // SAFETY: as above, for a field of one byte.
-        unsafe { self.base.add(self.vcpu + layout::UPCALL_PENDING).cast().as_ref() }
+        unsafe { self.base.add((self.vcpu + layout::UPCALL_PENDING) * SCALE).cast().as_ref() }
     }
 
     pub(crate) fn pending_sel(&self) -> &AtomicU64 {
@@ -70,7 +77,8 @@ impl EventBits {
     /// Has the next scan look at `word`.
     pub(crate) fn raise(&self, word: usize) {
         self.pending_sel().fetch_or(1 << (word % WORDS), Ordering::SeqCst);
-        self.upcall_pending().store(1, Ordering::SeqCst);
+        // An exchange, as in Xen: model checkers order those fully, and plain stores not.
+        self.upcall_pending().swap(1, Ordering::SeqCst);
     }
 }
 
