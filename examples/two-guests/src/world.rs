@@ -497,9 +497,26 @@ impl World {
         Some(Meter {
             packets: back.tx.packets + back.rx.packets,
             bytes: [back.tx.bytes + back.rx.bytes, 0, 0, 0, 0],
-            hypercalls: back.tx.hypercalls + back.rx.hypercalls,
+            hypercalls: back.tx_paths.total().hypercalls + back.rx_paths.total().hypercalls,
             notifications: ends.sum(),
         })
+    }
+
+    /// Who dropped what, for a run in which something was lost.
+    #[must_use]
+    pub fn drops(&self) -> String {
+        let mut text = String::new();
+        if let Some(domain) = &self.backend {
+            for vif in domain.backend.vifs() {
+                let (from, to) = (vif.counters.tx_drops, vif.counters.rx_drops);
+                text += &format!("{}: from the guest {from:?}, to it {to:?}\n", vif.id);
+            }
+            text += &format!("switch: {:?}\n", domain.backend.switch_counters());
+        }
+        for guest in self.guests() {
+            text += &format!("guest {}: {:?}\n", guest.id(), guest.nic.frontend().counters());
+        }
+        text + &format!("network card: {} overruns", self.uplink.overruns)
     }
 
     /// Takes something away from the backend, under traffic.
