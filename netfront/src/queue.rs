@@ -116,7 +116,7 @@ pub(crate) struct Queue<H: Hypervisor> {
     tx_worked: bool,
     rx_worked: bool,
     spurious: u64,
-    /// When to look though nothing calls for it.
+    /// When to look though nothing calls for it: for packets of which no event came, and for stalls.
     next_poll: Instant,
 }
 
@@ -274,7 +274,7 @@ impl<H: Hypervisor> Queue<H> {
             Channels::Shared(both) => [both.throttled_until(), None],
             Channels::Split { tx, rx } => [tx.throttled_until(), rx.throttled_until()],
         };
-        let own = [self.tx.deadline(), self.rx.deadline(), Some(self.next_poll)];
+        let own = [self.rx.deadline(), Some(self.next_poll)];
         channels.into_iter().chain(own).flatten().min()
     }
 }

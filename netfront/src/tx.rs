@@ -281,14 +281,6 @@ impl<H: Hypervisor> TxQueue<H> {
         self.buffers.iter().filter_map(|buffer| Some(buffer.page.as_ref()?.gref()))
     }
 
-    /// When [`reap`](Self::reap) is to look whether the backend has stalled.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        match self.watchdog {
-            Watchdog::Since(since) => Some(since.after(WATCHDOG)),
-            Watchdog::Idle | Watchdog::Barked => None,
-        }
-    }
-
     /// Takes responses.
     pub(crate) fn reap(&mut self, now: Instant) -> Result<Reaped, BackendFault> {
         let mut reaped = self.take_responses()?;

@@ -10,7 +10,7 @@ use common::{FRONT, Rings, World, okay, rx};
 use evtchn::Channel;
 use grant::{Mapping, SharedMemory};
 use hypercall::{DomId, GrantRef, Handle, Port};
-use netfront::{BackendFault, Config, Notice};
+use netfront::{BackendFault, Config, Meta, Notice};
 use netif::ctrl::{CtrlBackRing, CtrlRequest, CtrlResponse, CtrlStatus, CtrlType, StaticGrant};
 use netif::hash::{HashTypes, Toeplitz};
 use netif::ring::{RingFault, layout};
@@ -228,10 +228,16 @@ fn pages_are_kept_mapped_where_the_backend_agrees() {
         assert_eq!(backend.asked.len(), told);
         // And it is asked to let go before the connection ends.
         let now = world.now;
+        for _ in 0..40 {
+            // Pages that it does not keep, and is not told of any more.
+            world.nic.send(0, &[7; 100], Meta::default()).unwrap();
+        }
         world.nic.close(&mut world.guest.1, now);
         world.settle();
         assert_eq!(world.nic.state(), State::Connected);
         backend.serve(&mut world);
+        let mut later = backend.asked[told..].iter();
+        assert!(later.all(|it| it.kind == CtrlType::DEL_GREF_MAPPING));
         assert!(backend.kept.iter().all(BTreeMap::is_empty));
         assert_eq!(world.nic.state(), State::Closing);
         world.backend_closes((rings, backend));
@@ -348,9 +354,15 @@ fn hostile_control_events_about_nothing() {
         backend.channel.notify().unwrap();
         world.settle();
     }
+    let port = world.read(&[format!("{FRONT}/event-channel-ctrl")]).pop().unwrap().unwrap();
+    let port = Port(port.parse().unwrap());
+    assert_eq!(world.sim.port_bits(DomId(1), port), Some((true, true)), "throttled");
     let deadline = world.nic.deadline().unwrap();
     assert!(deadline > world.now);
     world.assert_unmoved();
+    world.pass(2_000_000_000);
+    let (_, masked) = world.sim.port_bits(DomId(1), port).unwrap();
+    assert!(!masked, "and heard in the end");
     let numbers: Vec<u32> = (0..8).chain([u32::MAX]).collect();
     for status in numbers {
         // Statuses that mean nothing are failures.

@@ -388,10 +388,7 @@ fn hostile_76_the_store_speaks_nonsense() {
 #[test]
 fn hostile_76_a_store_that_forgot_what_was_written() {
     // The connection dies with our state on the way.
-    let mut world = fresh();
-    world.set(&[("feature-rx-copy", "1"), ("state", "2")]);
-    world.backend_closes(());
-    world.pass(1);
+    let (mut world, rings) = connected();
     let now = world.now;
     world.nic.close(&mut world.guest.1, now);
     world.guest.1.receive(&[0xff; 64]).unwrap_err();
@@ -400,9 +397,11 @@ fn hostile_76_a_store_that_forgot_what_was_written() {
     world.guest.0 = world.server.introduce(DomId(1));
     world.guest.1.reconnect();
     world.settle();
-    let stored = world.read(&[format!("{FRONT}/state")]);
-    assert_eq!(stored, [Some(world.nic.state().text().to_string())]);
+    assert_eq!(world.nic.state(), State::Closing);
+    assert_eq!(world.read(&[format!("{FRONT}/state")]), [Some("5".into())]);
+    world.backend_closes(rings);
     world.assert_clean();
+    world.assert_unmoved();
 }
 
 #[test]

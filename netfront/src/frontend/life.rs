@@ -99,7 +99,7 @@ impl<H: Hypervisor> Frontend<H> {
             // Our own directory: not there yet, or taken away.
             (Step::Look(_), Err(Error::Store { .. })) => {
                 if self.seen {
-                    self.remove(client);
+                    self.remove(client, now);
                 }
             }
             // The store is gone, the backend is not: packets go on. Look again when the store is back.
@@ -130,17 +130,17 @@ impl<H: Hypervisor> Frontend<H> {
         let Some((path, id)) = backend else {
             // Not set up yet, or taken away.
             if self.seen && value(0).is_none() {
-                self.remove(client);
+                self.remove(client, now);
             }
             return;
         };
         let backend = (String::from(path), DomId(id));
         if self.backend.as_ref() != Some(&backend) {
-            self.meet(client, backend, State::parse(value(0)));
+            self.meet(client, backend, State::parse(value(0)), now);
             return;
         }
         if value(0).is_none() {
-            self.remove(client);
+            self.remove(client, now);
             return;
         }
         let own = self.own.unwrap_or(State::Unknown);
@@ -170,14 +170,14 @@ impl<H: Hypervisor> Frontend<H> {
     }
 
     /// The backend is another than was thought, or the first.
-    fn meet(&mut self, client: &mut Client, backend: (String, DomId), stored: State) {
+    fn meet(&mut self, client: &mut Client, backend: (String, DomId), stored: State, now: Instant) {
         if let Some(watch) = self.watch.take() {
             client.unwatch(watch);
         }
         self.seen = true;
         // Nothing of what the other was lent is its own any more; a page it still uses is parked.
         self.disconnect();
-        self.forget();
+        self.let_go(now);
         self.watch = Some(client.watch(format!("{}/state", backend.0)));
         self.backend = Some(backend);
         if self.own.is_none() && stored == State::Initialising {
@@ -214,7 +214,7 @@ impl<H: Hypervisor> Frontend<H> {
                 self.not_before.get_or_insert(now.after(FIRST_DELAY));
                 self.write_states(client, then);
             }
-            Action::Remove { .. } => self.remove(client),
+            Action::Remove { .. } => self.remove(client, now),
         }
     }
 
@@ -359,13 +359,13 @@ impl<H: Hypervisor> Frontend<H> {
         }
     }
 
-    fn remove(&mut self, client: &mut Client) {
+    fn remove(&mut self, client: &mut Client, now: Instant) {
         if self.gone {
             return;
         }
         self.gone = true;
         self.disconnect();
-        self.forget();
+        self.let_go(now);
         client.unwatch(self.own_watch);
         if let Some(watch) = self.watch.take() {
             client.unwatch(watch);
