@@ -188,9 +188,9 @@ impl Dom0 {
     /// The local stack's turn; says whether it sent anything.
     fn serve(&mut self, now: Instant) -> bool {
         let Self { hv, mapper, store, stack, upcalls, backend, .. } = self;
-        stack.poll(backend, now, |backend| {
+        stack.poll(backend, now, |backend, lost| {
             let ports = upcalls.bound();
-            metrics::page(&Sources { hv, backend, store, mapper, ports, now })
+            metrics::page(&Sources { hv, backend, store, mapper, ports, lost, now })
         })
     }
 

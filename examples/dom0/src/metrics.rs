@@ -5,7 +5,8 @@ use core::fmt::{self, Write};
 
 use grant::Mapper;
 use hypercall::{DomId, Instant, Toolstack};
-use netback::counters::{Direction, Drops};
+use netback::counters::{Direction, Drops, PathCounters};
+use netback::datapath::Datapath;
 use netback::{Backend, VifStatus};
 use runtime::Hv;
 
@@ -19,6 +20,8 @@ pub(crate) struct Sources<'a> {
     pub(crate) mapper: &'a Mapper<Hv>,
     /// Event channels that are bound.
     pub(crate) ports: usize,
+    /// Packets that dom0's own stack lost for want of a buffer.
+    pub(crate) lost: u64,
     pub(crate) now: Instant,
 }
 
@@ -40,7 +43,7 @@ fn gauge(text: &mut String, name: &str, help: &str, value: impl fmt::Display) ->
 }
 
 fn write_all(text: &mut String, sources: &Sources<'_>) -> fmt::Result {
-    let Sources { hv, backend, store, mapper, ports, now } = *sources;
+    let Sources { hv, backend, store, mapper, ports, lost, now } = *sources;
     if let Ok(info) = hv.domain_info(DomId(0)) {
         let name = "xen_domain_cpu_seconds_total";
         head(text, name, "counter", "Processor time that Xen has counted for a domain.")?;
@@ -52,6 +55,8 @@ fn write_all(text: &mut String, sources: &Sources<'_>) -> fmt::Result {
     gauge(text, "dom0_uptime_seconds", "Time since the machine's counter started.", uptime)?;
 
     vifs(text, backend)?;
+
+    paths(text, backend)?;
 
     gauge(text, "grant_mappings", "Pages of others that are mapped.", mapper.live())?;
     gauge(text, "grant_mappings_parked", "Pages that Xen would not unmap.", mapper.parked())?;
@@ -65,8 +70,9 @@ fn write_all(text: &mut String, sources: &Sources<'_>) -> fmt::Result {
         ("switch_flooded_total", switch.flooded),
         ("switch_hairpin_total", switch.hairpin),
         ("switch_local_full_total", switch.local_full),
+        ("stack_lost_total", lost),
     ] {
-        head(text, name, "counter", "Packets the switch had no single port for, or no room.")?;
+        head(text, name, "counter", "Packets without a single port, or without room.")?;
         writeln!(text, "{name} {value}")?;
     }
 
@@ -114,6 +120,42 @@ fn vifs(text: &mut String, backend: &Backend<Hv>) -> fmt::Result {
         writeln!(text, "netback_vif_queues{{{}}} {}", Label(&vif), vif.queues)?;
     }
     Ok(())
+}
+
+/// How packets were carried. A way that no packet of a vif has taken is left out.
+fn paths(text: &mut String, backend: &Backend<Hv>) -> fmt::Result {
+    for (index, (what, _)) in PathCounters::default().iter().enumerate() {
+        let name = format_args!("netback_path_{what}_total");
+        writeln!(text, "# HELP {name} Of each datapath; tx is from the guest.")?;
+        writeln!(text, "# TYPE {name} counter")?;
+        for vif in backend.vifs() {
+            let counters = &vif.counters;
+            for (way, paths) in [("tx", &counters.tx_paths), ("rx", &counters.rx_paths)] {
+                for (path, counters) in paths.iter().filter(|(_, one)| *one != Default::default()) {
+                    let value = counters.iter().nth(index).map_or(0, |(_, value)| value);
+                    let label = Label(&vif);
+                    writeln!(text, "{name}{{{label},dir=\"{way}\",path=\"{path}\"}} {value}")?;
+                }
+            }
+        }
+    }
+    let name = "netback_fallbacks_total";
+    head(text, name, "counter", "Packets that were copied though another way was wanted.")?;
+    for vif in backend.vifs() {
+        for (reason, count) in vif.counters.fallbacks.iter() {
+            writeln!(text, "{name}{{{},reason=\"{reason}\"}} {count}", Label(&vif))?;
+        }
+    }
+    let name = "netback_path_up";
+    head(text, name, "gauge", "Whether new packets may take a datapath.")?;
+    for path in Datapath::ALL {
+        let up = u8::from(backend.datapaths().contains(path.only()));
+        writeln!(text, "{name}{{path=\"{path}\"}} {up}")?;
+    }
+    let name = "netback_switches_total";
+    head(text, name, "counter", "Times that the datapaths in use have changed.")?;
+    writeln!(text, "{name} {}", backend.switches())?;
+    gauge(text, "netback_packets_open", "Packets that are not answered yet.", backend.open())
 }
 
 fn drops(text: &mut String, vif: &VifStatus, way: &str, drops: &Drops) -> fmt::Result {

@@ -38,7 +38,16 @@ const FRAME: usize = 1514;
 struct LocalPort<'a> {
     backend: &'a mut Backend<Hv>,
     now: Instant,
-    sent: &'a mut bool,
+    traffic: &'a mut Traffic,
+}
+
+/// What has been carried.
+#[derive(Default)]
+struct Traffic {
+    /// Something was sent since this was last looked at.
+    sent: bool,
+    /// Packets that were lost for want of a buffer.
+    lost: u64,
 }
 
 struct Received(Packet<Hv>);
@@ -46,12 +55,12 @@ struct Received(Packet<Hv>);
 struct Sender<'a> {
     backend: &'a mut Backend<Hv>,
     now: Instant,
-    sent: &'a mut bool,
+    traffic: &'a mut Traffic,
 }
 
 impl LocalPort<'_> {
     fn sender(&mut self) -> Sender<'_> {
-        Sender { backend: self.backend, now: self.now, sent: self.sent }
+        Sender { backend: self.backend, now: self.now, traffic: self.traffic }
     }
 }
 
@@ -68,11 +77,14 @@ impl phy::TxToken for Sender<'_> {
                 let result = f(packet.bytes_mut());
                 packet.checksum = Checksum::Validated;
                 self.backend.send_local(packet, self.now);
-                *self.sent = true;
+                self.traffic.sent = true;
                 result
             }
             // No buffer is free: it is lost, as on any wire.
-            None => f(&mut vec![0; len]),
+            None => {
+                self.traffic.lost += 1;
+                f(&mut vec![0; len])
+            }
         }
     }
 }
@@ -91,7 +103,9 @@ impl Device for LocalPort<'_> {
         loop {
             let mut packet = self.backend.receive_local()?;
             // The stack reads it in one piece; without a buffer for that it is lost, as on any card.
-            if packet.make_whole(self.backend.pools()) && trustworthy(&packet) {
+            if !packet.make_whole(self.backend.pools()) {
+                self.traffic.lost += 1;
+            } else if trustworthy(&packet) {
                 return Some((Received(packet), self.sender()));
             }
         }
@@ -143,6 +157,7 @@ pub(crate) struct Stack {
     sockets: SocketSet<'static>,
     connections: Vec<Connection>,
     sinks: Vec<Sink>,
+    traffic: Traffic,
 }
 
 fn at(now: Instant) -> time::Instant {
@@ -153,7 +168,7 @@ impl Stack {
     pub(crate) fn new(backend: &mut Backend<Hv>, addresses: &[IpCidr], now: Instant) -> Self {
         let MacAddr(mac) = MacAddr::BACKEND;
         let config = Config::new(EthernetAddress(mac).into());
-        let port = &mut LocalPort { backend, now, sent: &mut false };
+        let port = &mut LocalPort { backend, now, traffic: &mut Traffic::default() };
         let mut interface = Interface::new(config, port, at(now));
         interface.update_ip_addrs(|own| {
             for address in addresses {
@@ -172,36 +187,36 @@ impl Stack {
             })
             .collect();
         let sinks = (0..SINKS).map(|_| Sink::new(&mut sockets)).collect();
-        Self { interface, sockets, connections, sinks }
+        Self { interface, sockets, connections, sinks, traffic: Traffic::default() }
     }
 
     pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddress> {
         self.interface.ip_addrs().iter().map(IpCidr::address)
     }
 
-    /// Handles what came and sends what is due; `page` gives the counters, when they are asked for. Answers whether
-    /// anything was sent: the backend has to be polled for that to reach its guest.
+    /// Handles what came and sends what is due; `page` gives the counters, when they are asked for, with the packets
+    /// that this stack has lost for want of a buffer. Answers whether anything was sent: the backend has to be polled for that to reach its guest.
     pub(crate) fn poll(
         &mut self,
         backend: &mut Backend<Hv>,
         now: Instant,
-        mut page: impl FnMut(&Backend<Hv>) -> String,
+        mut page: impl FnMut(&Backend<Hv>, u64) -> String,
     ) -> bool {
-        let Self { interface, sockets, connections, sinks } = self;
-        let mut sent = false;
-        interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);
+        let Self { interface, sockets, connections, sinks, traffic } = self;
+        traffic.sent = false;
+        interface.poll(at(now), &mut LocalPort { backend, now, traffic }, sockets);
         let mut written = false;
         for connection in connections {
             let socket = sockets.get_mut::<tcp::Socket>(connection.socket);
-            written |= connection.serve(socket, || page(backend));
+            written |= connection.serve(socket, || page(backend, traffic.lost));
         }
         for sink in sinks {
             written |= sink.serve(sockets);
         }
         if written {
-            interface.poll(at(now), &mut LocalPort { backend, now, sent: &mut sent }, sockets);
+            interface.poll(at(now), &mut LocalPort { backend, now, traffic }, sockets);
         }
-        sent
+        traffic.sent
     }
 
     /// When [`poll`](Self::poll) is to be called though nothing comes.

@@ -1,12 +1,14 @@
-//! All vifs as a table, for people at the console and for scripts that read it there.
+//! All vifs as tables, for people at the console and for scripts that read them there.
 
+use alloc::format;
 use alloc::string::String;
 use core::fmt::{self, Write as _};
 
 use netback::Backend;
 use runtime::Hv;
 
-/// A line per vif.
+/// A line per vif; then a line per vif, direction and datapath that packets have taken, tx being from the guest; then the
+/// datapaths that packets may take now.
 pub(crate) fn table(backend: &Backend<Hv>) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -15,11 +17,46 @@ pub(crate) fn table(backend: &Backend<Hv>) -> String {
 }
 
 fn write_all(text: &mut String, backend: &Backend<Hv>) -> fmt::Result {
-    writeln!(text, "vif      state         queues  features")?;
+    writeln!(
+        text,
+        "{:<8} {:<12} {:>6} {:>9} {:>9}  features",
+        "vif", "state", "queues", "tx drops", "rx drops"
+    )?;
     for vif in backend.vifs() {
-        let id = alloc::format!("{}.{}", vif.id.domain, vif.id.handle);
-        let state = alloc::format!("{:?}", vif.state);
-        writeln!(text, "{id:<8} {state:<13} {:>6}  {}", vif.queues, vif.features)?;
+        let (tx, rx) = (&vif.counters.tx_drops, &vif.counters.rx_drops);
+        writeln!(
+            text,
+            "{:<8} {:<12} {:>6} {:>9} {:>9}  {}",
+            format!("{}.{}", vif.id.domain, vif.id.handle),
+            format!("{:?}", vif.state),
+            vif.queues,
+            tx.iter().map(|(_, count)| count).sum::<u64>(),
+            rx.iter().map(|(_, count)| count).sum::<u64>(),
+            vif.features
+        )?;
     }
-    Ok(())
+    writeln!(
+        text,
+        "{:<8} {:<3} {:<12} {:>10} {:>14} {:>10} {:>10} {:>8} {:>8}",
+        "vif", "way", "datapath", "packets", "bytes", "hypercalls", "copies", "maps", "unmaps"
+    )?;
+    for vif in backend.vifs() {
+        let counters = &vif.counters;
+        for (way, paths) in [("tx", &counters.tx_paths), ("rx", &counters.rx_paths)] {
+            for (path, one) in paths.iter().filter(|(_, one)| *one != Default::default()) {
+                writeln!(
+                    text,
+                    "{:<8} {way:<3} {path:<12} {:>10} {:>14} {:>10} {:>10} {:>8} {:>8}",
+                    format!("{}.{}", vif.id.domain, vif.id.handle),
+                    one.packets,
+                    one.bytes,
+                    one.hypercalls,
+                    one.copies,
+                    one.maps,
+                    one.unmaps
+                )?;
+            }
+        }
+    }
+    writeln!(text, "in use: {}; changed {} times", backend.datapaths(), backend.switches())
 }
