@@ -336,7 +336,10 @@ impl Frames {
                 let (kind, number, reached) = (Kind::Data, out.sent, 0);
                 let (flow, to) = (out.flow.id, out.flow.to);
                 if let Some(payload) = scratch.get_mut(HEADER..) {
-                    payload::fill(payload, number ^ u64::from(station.0) << 40 ^ u64::from(flow) << 24);
+                    payload::fill(
+                        payload,
+                        number ^ u64::from(station.0) << 40 ^ u64::from(flow) << 24,
+                    );
                 }
                 let header = Header { kind, flow, from: *station, to, number, reached };
                 header.write(scratch, out.flow.mac, mac);

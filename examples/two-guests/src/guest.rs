@@ -143,8 +143,7 @@ impl Guest {
         let table = GrantTable::new(&hv)?;
         let upcalls = Upcalls::new(&hv, VcpuId(0));
         let mut client = Client::new();
-        let nic =
-            Frontend::new(table.clone(), upcalls.binder(), &mut client, config.frontend);
+        let nic = Frontend::new(table.clone(), upcalls.binder(), &mut client, config.frontend);
         Ok(Self {
             conn: server.introduce(hv.id()),
             nic: NetDevice::new(nic),

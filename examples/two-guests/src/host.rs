@@ -148,10 +148,7 @@ impl<W: Wire> Device for Tap<'_, W> {
     where
         Self: 'a;
 
-    fn receive(
-        &mut self,
-        now: time::Instant,
-    ) -> Option<(Self::RxToken<'_>, Self::TxToken<'_>)> {
+    fn receive(&mut self, now: time::Instant) -> Option<(Self::RxToken<'_>, Self::TxToken<'_>)> {
         let Self { wire, frames, saboteur, own, moved, .. } = self;
         let (received, sender) = wire.receive(now)?;
         let (own, now) = (*own, self.now);

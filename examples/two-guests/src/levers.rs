@@ -4,39 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use features::XenFeatures;
-
-/// How a packet gets from one domain to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Datapath {
-    /// By grant copy into the backend's memory, and out of it.
-    Copy,
-    /// By grant copy from one guest straight to another.
-    Direct,
-    /// By mapping the sender's pages.
-    Map,
-    /// By mapping them also where the bus has them.
-    MapIdentity,
-    /// By pages that are mapped for good.
-    Static,
-}
-
-impl Datapath {
-    /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Copy, Self::Direct, Self::Map, Self::MapIdentity, Self::Static];
-
-    /// Its name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Copy => "copy",
-            Self::Direct => "direct",
-            Self::Map => "map",
-            Self::MapIdentity => "map_identity",
-            Self::Static => "static",
-        }
-    }
-}
+use netback::counters::Counters;
+use netback::datapath::Datapath;
 
 /// Something that can be withdrawn and restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,12 +56,13 @@ impl FromStr for Lever {
     fn from_str(text: &str) -> Result<Self, Unknown> {
         // Copy is what is left when everything else is gone.
         let mut paths = Datapath::ALL.into_iter().skip(1);
-        let name = text.to_lowercase().replace('-', "_");
+        let name = text.to_lowercase().replace('_', "-");
         if let Some(path) = paths.find(|path| path.name() == name) {
             return Ok(Self::Path(path));
         }
+        let name = name.to_uppercase().replace('-', "_");
         let number = text.parse::<u32>().ok().and_then(|bit| 1_u32.checked_shl(bit));
-        let named = || XenFeatures::from_name(&name.to_uppercase());
+        let named = || XenFeatures::from_name(&name);
         let bits = number.map(XenFeatures::from_bits_retain).or_else(named);
         bits.map(Self::Bits).ok_or_else(|| Unknown(text.into()))
     }
@@ -112,6 +82,23 @@ pub struct Meter {
 }
 
 impl Meter {
+    /// What a backend counted, and how often the frontend notified.
+    pub(crate) fn new(back: &Counters, front: u64) -> Self {
+        let mut meter = Self {
+            notifications: front + back.tx.notifications + back.rx.notifications,
+            ..Self::default()
+        };
+        for ((from, to), bytes) in
+            back.tx_paths.iter().zip(back.rx_paths.iter()).zip(&mut meter.bytes)
+        {
+            let (from, to) = (from.1, to.1);
+            meter.packets += from.packets + to.packets;
+            meter.hypercalls += from.hypercalls + to.hypercalls;
+            *bytes = from.bytes + to.bytes;
+        }
+        meter
+    }
+
     /// What came on top of an earlier reading.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
@@ -130,7 +117,7 @@ impl Meter {
     /// Bytes by a datapath.
     #[must_use]
     pub fn by(&self, path: Datapath) -> u64 {
-        Datapath::ALL.iter().zip(self.bytes).find(|(of, _)| **of == path).map_or(0, |(_, n)| n)
+        self.bytes.get(path.index()).copied().unwrap_or(0)
     }
 
     /// Bytes in all.
@@ -159,6 +146,7 @@ mod tests {
         }
         assert_eq!("direct_mapped".parse(), Ok(Lever::Bits(XenFeatures::DIRECT_MAPPED)));
         assert_eq!("direct".parse(), Ok(Lever::Path(Datapath::Direct)));
+        assert_eq!("map_identity".parse(), Ok(Lever::Path(Datapath::MapIdentity)));
         assert_eq!("static".parse(), Ok(Lever::Path(Datapath::Static)));
         assert_eq!(identity.to_string(), "grant_map_identity");
         for bad in ["copy", "32", "-1", "", "mop"] {

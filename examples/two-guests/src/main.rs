@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 
 /// Two guests and the outside, each of which has streams and numbered frames from both others.
 fn machine(args: &Args) -> Result<World> {
-    let mut world = World::new(Config { seed: args.seed, ..Config::default() });
+    let mut world = World::new(Config { seed: args.seed, ..Config::default() }.on(args.board));
     for _ in 0..GUESTS {
         let guest = world.add_guest(GuestConfig::default());
         guest.map_err(|error| anyhow::anyhow!("no guest could be made: {error}"))?;
@@ -138,10 +138,14 @@ fn report(args: &Args, world: &World, record: &Record, tally: &Tally) -> Result<
         "{gigabytes:.1} GB in {seconds:.1} s; {} frames and blocks sent, {} came, all numbered and summed",
         tally.sent, tally.received
     );
+    if !tally.is_clean() {
+        println!("{}", world.drops());
+    }
     for violation in world.sim.violations() {
         println!("against Xen's rules: {violation}");
     }
-    let summary = format!("{seconds:.1} s, seed {}; {tally} switches {}", args.seed, record.switches);
+    let summary =
+        format!("{seconds:.1} s, seed {}; {tally} switches {}", args.seed, record.switches);
     write(&args.svg, &svg::draw(record, &summary))?;
     println!("throughput over time: {}", args.svg.display());
     if let Some(path) = &args.json {
@@ -154,6 +158,7 @@ fn report(args: &Args, world: &World, record: &Record, tally: &Tally) -> Result<
         println!("a datapath was withdrawn while it was in use, and nothing changed");
     }
     println!("{tally} switches {}", record.switches);
-    let good = tally.is_clean() && tally.received > 0 && !unmoved && world.sim.violations().is_empty();
+    let good =
+        tally.is_clean() && tally.received > 0 && !unmoved && world.sim.violations().is_empty();
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -10,7 +10,7 @@ const STARTS: usize = POOL - 128 * 1024;
 
 static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut random = Random::new(0x7061_796c_6f61_6400);
-    (0..POOL / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+    (0..POOL / 8).flat_map(|_| random.draw().to_le_bytes()).collect()
 });
 
 /// Fills `to` (up to 128 KiB) with bytes that depend on `which`, at about the cost of a copy.

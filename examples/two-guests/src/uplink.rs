@@ -3,10 +3,12 @@
 use std::collections::VecDeque;
 
 use hypercall::Instant;
+use netback::datapath::Datapath;
+use netback::dma::{self, DmaPiece, Maintenance};
 use netback::{Backend, Packet};
 use netif::mac::MacAddr;
 use netif::offload::Checksum;
-use sim::SimHv;
+use sim::{DmaCounts, DmaDevice, SimHv};
 use smoltcp::phy::{self, Device, DeviceCapabilities, Medium};
 use smoltcp::time;
 
@@ -17,32 +19,76 @@ const RING: usize = 256;
 /// The largest frame on the wire.
 const FRAME: usize = 1514;
 
-/// A network card: packets of the switch's local port go out, what comes in goes to the switch.
-#[derive(Debug, Default)]
-pub struct Nic {
+/// A packet in the card's ring.
+#[derive(Debug)]
+struct Descriptor {
+    /// Its pages stay mapped until this is dropped.
+    packet: Packet<SimHv>,
+    /// Where the card finds what is not in the driver's own memory.
+    pieces: Vec<DmaPiece>,
+}
+
+/// A network card and its driver: packets of the switch's local port go out, what comes in goes to the switch. What guests
+/// lent, the card reads by itself, by bus address.
+#[derive(Debug)]
+pub struct Uplink {
+    device: DmaDevice,
+    hv: SimHv,
     /// Given to the card, and not sent yet.
-    sending: VecDeque<Packet<SimHv>>,
+    sending: VecDeque<Descriptor>,
+    /// Waits for a buffer to be copied into.
+    waiting: Option<Packet<SimHv>>,
     received: VecDeque<Vec<u8>>,
     spare: Vec<Vec<u8>>,
     /// The frame that is being received at the far end.
     buffer: Vec<u8>,
     /// Packets that the card still sends in this turn.
     budget: usize,
-    /// Packets that found no place in the card's ring.
-    pub(crate) overruns: u64,
+    /// Packets that the driver could make nothing of.
+    dropped: u64,
 }
 
-impl Nic {
-    /// Domain 0's driver: takes what is to go out, and hands in what came. Answers whether there was anything.
+impl Uplink {
+    pub(crate) fn new(hv: SimHv, device: DmaDevice) -> Self {
+        Self {
+            device,
+            hv,
+            sending: VecDeque::new(),
+            waiting: None,
+            received: VecDeque::new(),
+            spare: Vec::new(),
+            buffer: Vec::new(),
+            budget: 0,
+            dropped: 0,
+        }
+    }
+
+    /// What the card did by itself.
+    #[must_use]
+    pub fn dma(&self) -> DmaCounts {
+        self.device.counts()
+    }
+
+    /// Packets that the driver could make nothing of.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    /// The driver: takes what is to go out, and hands in what came. Answers whether there was anything.
     pub(crate) fn drive(&mut self, backend: &mut Backend<SimHv>, now: Instant) -> bool {
         let mut some = false;
-        while let Some(mut packet) = backend.receive_local() {
-            some = true;
-            if packet.make_whole(backend.pools()) && self.sending.len() < RING {
-                self.sending.push_back(packet);
-            } else {
-                self.overruns += 1;
+        while self.sending.len() < RING
+            && let Some(packet) = self.waiting.take().or_else(|| backend.receive_local())
+        {
+            match self.describe(packet, backend) {
+                Ok(descriptor) => self.sending.push_back(descriptor),
+                Err(packet) => {
+                    self.waiting = Some(packet);
+                    break;
+                }
             }
+            some = true;
         }
         while let Some(frame) = self.received.pop_front() {
             let Some(mut packet) = backend.packet(frame.len(), now) else {
@@ -58,6 +104,42 @@ impl Nic {
         some
     }
 
+    /// Tells the card where a packet is, or copies it if there is no address that is right. Gives it back if there is no
+    /// buffer for that now.
+    fn describe(
+        &mut self,
+        mut packet: Packet<SimHv>,
+        backend: &Backend<SimHv>,
+    ) -> Result<Descriptor, Packet<SimHv>> {
+        if packet.is_whole() {
+            return Ok(Descriptor { packet, pieces: Vec::new() });
+        }
+        // The rule of this moment: what was advertised when the packet was mapped may be gone.
+        let rule = backend
+            .dma_rule()
+            .filter(|rule| !rule.needs_identity() || packet.path() == Datapath::MapIdentity);
+        let pieces: Option<Vec<_>> = rule.and_then(|rule| packet.dma(rule).collect());
+        if let Some(pieces) = pieces.filter(|pieces| self.clean(pieces)) {
+            return Ok(Descriptor { packet, pieces });
+        }
+        if packet.make_whole(backend.pools()) {
+            return Ok(Descriptor { packet, pieces: Vec::new() });
+        }
+        if !packet.is_lent() {
+            self.dropped += 1;
+        }
+        Err(packet)
+    }
+
+    /// Has the card see what the processors' caches hold of these bytes.
+    fn clean(&self, pieces: &[DmaPiece]) -> bool {
+        dma::clean(&self.hv, pieces.iter().copied()).is_ok()
+            && pieces.iter().all(|piece| {
+                piece.maintenance != Maintenance::Identity
+                    || self.hv.clean_cache(piece.address.bus().0, piece.len.into())
+            })
+    }
+
     /// The card gets so far and no further in this turn: the rest stays in its hands.
     pub(crate) fn turn(&mut self, budget: usize) {
         self.budget = budget;
@@ -68,15 +150,28 @@ impl Nic {
         !self.sending.is_empty()
     }
 
-    /// The backend is gone, and all packets with it.
-    pub(crate) fn reset(&mut self) {
-        self.sending.clear();
+    /// The next packet goes out: all its bytes, into the buffer.
+    fn transmit(&mut self) -> bool {
+        let Some(budget) = self.budget.checked_sub(1) else { return false };
+        let Some(Descriptor { packet, pieces }) = self.sending.pop_front() else { return false };
+        self.budget = budget;
+        self.buffer.clear();
+        self.buffer.extend_from_slice(packet.bytes());
+        for piece in pieces {
+            let at = self.buffer.len();
+            self.buffer.resize(at + usize::from(piece.len), 0);
+            if let Some(to) = self.buffer.get_mut(at..) {
+                // Where that is a fault, garbage is sent, as by any card.
+                self.device.read(piece.address.bus(), to);
+            }
+        }
+        true
     }
 }
 
 /// The far end of the wire.
 pub(crate) struct Outside<'a> {
-    pub(crate) nic: &'a mut Nic,
+    pub(crate) nic: &'a mut Uplink,
     pub(crate) mac: MacAddr,
 }
 
@@ -117,20 +212,15 @@ impl Device for Outside<'_> {
         Self: 'a;
 
     fn receive(&mut self, _: time::Instant) -> Option<(Received<'_>, Sender<'_>)> {
-        let Nic { sending, received, spare, budget, buffer, .. } = &mut *self.nic;
-        if received.len() >= RING {
+        if self.nic.received.len() >= RING || !self.nic.transmit() {
             return None;
         }
-        *budget = budget.checked_sub(1)?;
-        let packet = sending.pop_front()?;
-        buffer.clear();
-        buffer.extend_from_slice(packet.bytes());
-        drop(packet);
+        let Uplink { received, spare, buffer, .. } = &mut *self.nic;
         Some((Received(buffer), Sender { received, spare }))
     }
 
     fn transmit(&mut self, _: time::Instant) -> Option<Sender<'_>> {
-        let Nic { received, spare, .. } = &mut *self.nic;
+        let Uplink { received, spare, .. } = &mut *self.nic;
         (received.len() < RING).then_some(Sender { received, spare })
     }
 
@@ -155,7 +245,7 @@ impl Wire for Outside<'_> {
     }
 
     fn send(&mut self, _: u16, frame: &[u8]) -> bool {
-        let Nic { received, spare, .. } = &mut *self.nic;
+        let Uplink { received, spare, .. } = &mut *self.nic;
         if received.len() >= RING {
             return false;
         }

@@ -1,86 +1,29 @@
 //! The machine: who is in it, whose turn it is, and what time it is.
 
-use std::net::Ipv4Addr;
-use std::num::NonZeroUsize;
-
 use evtchn::Upcalls;
 use grant::Mapper;
-use hypercall::{DomId, Errno, Instant, VcpuId};
-use netback::datapath::{Arch, Facts, Policy, Uplink};
-use netback::switch::{Seed, SwitchLimits};
+use hypercall::{DomId, Instant};
+use netback::datapath::Datapaths;
 use netback::{Backend, Notice, VifId, VifStatus};
-use netif::mac::MacAddr;
-use sim::{DomainConfig, Ledger, Sim, SimHv};
+use sim::{DmaDevice, DomainConfig, Ledger, Sim, SimHv};
 use xenbus::client::{Change, Client};
 use xenbus::server::{ConnId, Quotas, Server};
 
-use crate::check::Tally;
-use crate::frames::{Flow, Frames, Sizes, StationId};
+use crate::frames::{Flow, Frames, StationId};
 use crate::guest::{Guest, GuestConfig, converse};
 use crate::host::Host;
-use crate::levers::{Lever, Meter};
 use crate::nodes;
 use crate::random::Random;
-use crate::tcp::{StreamId, Tcp};
-use crate::uplink::{Nic, Outside};
+use crate::uplink::{Outside, Uplink};
+
+mod account;
+mod config;
+mod life;
+
+pub use config::{Board, Config};
 
 /// A second, in nanoseconds.
 pub const SECOND: u64 = 1_000_000_000;
-
-/// How a machine is made.
-#[derive(Clone, Copy, Debug)]
-pub struct Config {
-    /// The same seed gives the same run.
-    pub seed: u64,
-    /// The backend.
-    pub backend: netback::Config,
-    /// The domain that the backend is in.
-    pub domain: DomainConfig,
-    /// Whether that is a domain of its own, which can die. Else it is domain 0.
-    pub driver_domain: bool,
-    /// Nanoseconds that pass while each domain has a turn.
-    pub tick: u64,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
-        Self {
-            seed: 0,
-            backend: netback::Config {
-                max_queues: 4,
-                small_buffers: buffers(1024),
-                large_buffers: buffers(32),
-                max_vifs: 16,
-                switch: SwitchLimits::default(),
-                seed: Seed(1, 2),
-                facts: Facts {
-                    arch: Arch::Arm,
-                    grant_copy: true,
-                    cache_flush: true,
-                    iommu_maps: false,
-                    uplink: Uplink::Stack,
-                },
-                policy: Policy::default(),
-            },
-            domain: DomainConfig::dom0(),
-            driver_domain: false,
-            tick: 10_000,
-        }
-    }
-}
-
-impl Config {
-    /// A machine that is quickly made, for those who make many: few packet buffers.
-    #[must_use]
-    pub fn small(seed: u64) -> Self {
-        let mut config = Self { seed, ..Self::default() };
-        let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
-        config.backend.small_buffers = buffers(256);
-        config.backend.large_buffers = buffers(8);
-        config
-    }
-}
 
 /// Somewhere that frames come from and go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -146,7 +89,8 @@ pub struct World {
     guests: Vec<Option<Guest>>,
     guest_configs: Vec<GuestConfig>,
     outside: Host,
-    uplink: Nic,
+    /// The backend's network card, which is lost with its domain.
+    uplink: Uplink,
     flows: Vec<(Place, Place, Flow)>,
     /// Those that begin when both ends are there.
     pending: Vec<(Place, Place, Flow)>,
@@ -156,6 +100,8 @@ pub struct World {
     graves: Vec<Frames>,
     /// What Xen advertises to the backend's domain.
     advertised: u32,
+    /// What the operator has withdrawn.
+    withdrawn: Datapaths,
     random: Random,
     /// Who still has a turn in this round, the next one last.
     order: Vec<Actor>,
@@ -175,10 +121,12 @@ impl World {
         let sim = Sim::new();
         let dom0 = if config.driver_domain { DomainConfig::dom0() } else { config.domain };
         let dom0 = sim.create(dom0);
+        let card = DmaDevice::new(&sim, dom0.id(), config.card);
+        let uplink = Uplink::new(dom0.clone(), card);
         let mut server = Server::new(Quotas::default());
         let toolstack = (server.connect(DomId(0), true), Client::new());
         let mut random = Random::new(config.seed);
-        let outside = Host::new(Frames::new(StationId(0), random.next()));
+        let outside = Host::new(Frames::new(StationId(0), random.draw()));
         let mut world = Self {
             sim,
             server,
@@ -190,13 +138,14 @@ impl World {
             guests: Vec::new(),
             guest_configs: Vec::new(),
             outside,
-            uplink: Nic::default(),
+            uplink,
             flows: Vec::new(),
             pending: Vec::new(),
             stations: 1,
             streams: 0,
             graves: Vec::new(),
             advertised: config.domain.features,
+            withdrawn: Datapaths::empty(),
             random,
             order: Vec::new(),
             idle: Vec::new(),
@@ -204,180 +153,6 @@ impl World {
         };
         world.start_backend();
         world
-    }
-
-    /// Starts the backend, in a new domain if it has one of its own; it takes over all guests.
-    pub fn start_backend(&mut self) {
-        let hv = if self.config.driver_domain {
-            let hv = self.sim.create(self.config.domain);
-            self.toolstack.1.commit(nodes::driver_domain(hv.id()));
-            hv
-        } else {
-            self.dom0.clone()
-        };
-        let conn = match hv.id() {
-            DomId(0) => self.server.connect(DomId(0), true),
-            id => self.server.introduce(id),
-        };
-        let upcalls = Upcalls::new(&hv, VcpuId(0));
-        let mapper = Mapper::new(&hv);
-        let mut client = Client::new();
-        let (binder, config) = (upcalls.binder(), self.config.backend);
-        let backend = Backend::new(&hv, binder, mapper.clone(), &mut client, config)
-            .expect("Xen says what it offers");
-        let id = hv.id();
-        let notices = Vec::new();
-        self.backend = Some(BackendDomain { hv, backend, mapper, notices, upcalls, client, conn });
-        for guest in self.guests.iter().flatten() {
-            let rate = guest.config.rate.as_deref();
-            self.toolstack.1.commit(nodes::other_backend(id, guest.id(), guest.mac, rate));
-        }
-    }
-
-    /// Destroys the backend's domain, which must be one of its own; answers whether it was.
-    pub fn kill_backend(&mut self) -> bool {
-        if !self.config.driver_domain {
-            return false;
-        }
-        let Some(domain) = self.backend.take() else { return false };
-        let id = domain.hv.id();
-        self.sim.destroy(id);
-        self.uplink.reset();
-        drop(domain);
-        self.server.domain_gone(id);
-        self.toolstack.1.commit([Change::Rm { path: nodes::home(id) }]);
-        for place in self.places() {
-            self.renew(place);
-        }
-        self.idle.clear();
-        true
-    }
-
-    /// Makes a guest; it connects in its own time. Answers its index.
-    ///
-    /// # Errors
-    /// As Xen answers the guest.
-    pub fn add_guest(&mut self, config: GuestConfig) -> Result<usize, Errno> {
-        let index = self.guests.len();
-        self.guests.push(None);
-        self.guest_configs.push(config);
-        self.start_guest(index)?;
-        Ok(index)
-    }
-
-    /// Starts a guest that was killed: a new domain, with the same interface and the same flows.
-    ///
-    /// # Errors
-    /// As Xen answers the guest.
-    pub fn start_guest(&mut self, index: usize) -> Result<(), Errno> {
-        let Some(config) = self.guest_configs.get(index).cloned() else { return Ok(()) };
-        let hv = self.sim.create(config.domain);
-        let id = hv.id();
-        let mac = self.mac(Place::Guest(index));
-        let mut changes = nodes::domain(id);
-        if let Some(backend) = &self.backend {
-            changes.extend(nodes::vif(backend.hv.id(), id, mac, config.rate.as_deref()));
-        }
-        self.toolstack.1.commit(changes);
-        let station = StationId(self.stations);
-        self.stations += 1;
-        let host = Host::new(Frames::new(station, self.random.next()));
-        let guest = Guest::new(hv, &mut self.server, config, mac, host)?;
-        if let Some(place) = self.guests.get_mut(index) {
-            *place = Some(guest);
-        }
-        self.suspend_flows(Place::Guest(index));
-        self.idle.clear();
-        Ok(())
-    }
-
-    /// The flows of a place begin when both ends are connected, be it for the first time or again.
-    fn suspend_flows(&mut self, place: Place) {
-        for pending in &self.flows {
-            let (from, to, _) = *pending;
-            let known = self.pending.iter().any(|(.., flow)| flow.id == pending.2.id);
-            if (from == place || to == place) && !known {
-                self.pending.push(*pending);
-            }
-        }
-    }
-
-    /// A place's connection is over. What was in flight may have arrived or not; what comes after is counted anew.
-    fn renew(&mut self, place: Place) {
-        let station = StationId(self.stations);
-        let fresh = Frames::new(station, self.random.next());
-        let Some(host) = self.host_mut(place) else { return };
-        let old = std::mem::replace(&mut host.frames, fresh);
-        self.stations += 1;
-        let station = old.station();
-        for other in self.hosts_mut() {
-            other.frames.end(station);
-        }
-        self.graves.push(old);
-        self.suspend_flows(place);
-    }
-
-    fn is_up(&self, place: Place) -> bool {
-        match place {
-            Place::Outside => self.backend.is_some(),
-            Place::Guest(index) => {
-                self.guest(index).is_some_and(Guest::is_connected)
-                    && self.vif(index).is_some_and(|vif| vif.queues > 0)
-            }
-        }
-    }
-
-    fn places(&self) -> Vec<Place> {
-        (0..self.guests.len()).map(Place::Guest).chain([Place::Outside]).collect()
-    }
-
-    fn begin_pending(&mut self) {
-        let up: Vec<_> = self.places().into_iter().filter(|place| self.is_up(*place)).collect();
-        let ready = |(from, to, _): &mut (Place, Place, Flow)| up.contains(from) && up.contains(to);
-        let ready: Vec<_> = self.pending.extract_if(.., ready).collect();
-        for (from, to, flow) in ready {
-            self.begin(from, to, flow);
-        }
-    }
-
-    /// Destroys a guest's domain, and has the toolstack say so to the backend in domain 0.
-    pub fn kill_guest(&mut self, index: usize) {
-        let Some(guest) = self.guests.get_mut(index).and_then(Option::take) else { return };
-        let id = guest.id();
-        self.sim.destroy(id);
-        let station = guest.host.frames.station();
-        let Guest { host, .. } = guest;
-        self.graves.push(host.frames);
-        for other in self.hosts_mut() {
-            other.frames.end(station);
-        }
-        let mut changes = vec![Change::Rm { path: nodes::home(id) }];
-        if let Some(domain) = &mut self.backend {
-            if !self.config.driver_domain {
-                domain.backend.domain_gone(&mut domain.client, id, self.now);
-            }
-            let back = format!("/local/domain/{}/backend/vif/{id}", domain.hv.id());
-            changes.push(Change::Rm { path: back });
-        }
-        self.server.domain_gone(id);
-        self.toolstack.1.commit(changes);
-        self.idle.clear();
-    }
-
-    /// A place's Ethernet address: what a guest has over all its lives.
-    #[must_use]
-    pub fn mac(&self, place: Place) -> MacAddr {
-        match place {
-            Place::Guest(index) => MacAddr([0, 0x16, 0x3e, 0, 1, index as u8]),
-            Place::Outside => MacAddr([0, 0x16, 0x3e, 0, 2, 0]),
-        }
-    }
-
-    fn address(place: Place) -> Ipv4Addr {
-        match place {
-            Place::Guest(index) => Ipv4Addr::new(10, 0, 0, 1 + index as u8),
-            Place::Outside => Ipv4Addr::new(10, 0, 0, 254),
-        }
     }
 
     fn host(&self, place: Place) -> Option<&Host> {
@@ -397,52 +172,6 @@ impl World {
             Place::Guest(index) => Some(&mut self.guests.get_mut(index)?.as_mut()?.host),
             Place::Outside => Some(&mut self.outside),
         }
-    }
-
-    /// Has frames go from one place to another, for as long as both live and over all their lives.
-    pub fn flow(&mut self, from: Place, to: Place, sizes: Sizes, window: u64) {
-        let id = self.flows.len() as u16;
-        let flow = Flow { id, to: StationId(0), mac: self.mac(to), sizes, window };
-        self.flows.push((from, to, flow));
-        self.pending.push((from, to, flow));
-        self.idle.clear();
-    }
-
-    fn begin(&mut self, from: Place, to: Place, flow: Flow) {
-        let Some(to) = self.host(to).map(|host| host.frames.station()) else { return };
-        let now = self.now;
-        if let Some(from) = self.host_mut(from) {
-            from.frames.begin(Flow { to, ..flow }, now);
-        }
-    }
-
-    /// Has one place pull a stream by TCP from another. Does not outlive either.
-    pub fn stream(&mut self, server: Place, client: Place) {
-        let id = StreamId(self.streams);
-        self.streams += 1;
-        if let Some(tcp) = self.tcp(server) {
-            tcp.serve(id);
-        }
-        if let Some(tcp) = self.tcp(client) {
-            tcp.pull(id, Self::address(server));
-        }
-        self.idle.clear();
-    }
-
-    fn tcp(&mut self, place: Place) -> Option<&mut Tcp> {
-        let (address, mac, now) = (Self::address(place), self.mac(place), self.now);
-        if self.host(place)?.tcp.is_none() {
-            match place {
-                Place::Guest(index) => {
-                    self.guests.get_mut(index)?.as_mut()?.with_tcp(address, now);
-                }
-                Place::Outside => {
-                    let nic = &mut self.uplink;
-                    self.outside.with_tcp(&mut Outside { nic, mac }, address, now);
-                }
-            }
-        }
-        self.host_mut(place)?.tcp.as_mut()
     }
 
     /// A guest that lives.
@@ -474,6 +203,12 @@ impl World {
         self.backend.as_mut()
     }
 
+    /// The backend's network card.
+    #[must_use]
+    pub fn uplink(&self) -> &Uplink {
+        &self.uplink
+    }
+
     /// What runs at the far end of the wire.
     #[must_use]
     pub fn outside(&self) -> &Host {
@@ -485,58 +220,6 @@ impl World {
     pub fn vif(&self, guest: usize) -> Option<VifStatus> {
         let id = self.guest(guest)?.id();
         self.backend.as_ref()?.backend.vifs().find(|vif| vif.id.domain == id)
-    }
-
-    /// What a guest's vif has carried in this connection and all before it.
-    #[must_use]
-    pub fn meter(&self, guest: usize) -> Option<Meter> {
-        let back = self.vif(guest)?.counters;
-        let front = self.guest(guest)?.nic.frontend().counters();
-        let ends = [back.tx.notifications, back.rx.notifications];
-        let ends = ends.into_iter().chain([front.tx.notifications, front.rx.notifications]);
-        Some(Meter {
-            packets: back.tx.packets + back.rx.packets,
-            bytes: [back.tx.bytes + back.rx.bytes, 0, 0, 0, 0],
-            hypercalls: back.tx_paths.total().hypercalls + back.rx_paths.total().hypercalls,
-            notifications: ends.sum(),
-        })
-    }
-
-    /// Who dropped what, for a run in which something was lost.
-    #[must_use]
-    pub fn drops(&self) -> String {
-        let mut text = String::new();
-        if let Some(domain) = &self.backend {
-            for vif in domain.backend.vifs() {
-                let (from, to) = (vif.counters.tx_drops, vif.counters.rx_drops);
-                text += &format!("{}: from the guest {from:?}, to it {to:?}\n", vif.id);
-            }
-            text += &format!("switch: {:?}\n", domain.backend.switch_counters());
-        }
-        for guest in self.guests() {
-            text += &format!("guest {}: {:?}\n", guest.id(), guest.nic.frontend().counters());
-        }
-        text + &format!("network card: {} overruns", self.uplink.overruns)
-    }
-
-    /// Takes something away from the backend, under traffic.
-    pub fn withdraw(&mut self, lever: Lever) {
-        self.set(lever, false);
-    }
-
-    /// Gives it back.
-    pub fn restore(&mut self, lever: Lever) {
-        self.set(lever, true);
-    }
-
-    fn set(&mut self, lever: Lever, there: bool) {
-        let Some(domain) = &self.backend else { return };
-        if let Lever::Bits(bits) = lever {
-            let now = self.advertised;
-            self.advertised = if there { now | bits.bits() } else { now & !bits.bits() };
-            self.sim.set_features(domain.hv.id(), self.advertised);
-        }
-        self.idle.clear();
     }
 
     /// Writes nodes as the toolstack.
@@ -748,48 +431,5 @@ impl World {
     /// [`Stuck`]
     pub fn connect(&mut self) -> Result<(), Stuck> {
         self.run_until(60 * SECOND, Self::is_connected)
-    }
-
-    /// Stops what would go on for ever, and lets what is on its way arrive, for up to a minute. Then says what became of all
-    /// that was ever sent.
-    pub fn finish(&mut self) -> Tally {
-        self.hosts_mut().for_each(Host::stop);
-        self.idle.clear();
-        let _ = self.run_until(60 * SECOND, |world| {
-            world.is_idle() && world.is_done() && world.tally().lost == 0
-        });
-        self.tally()
-    }
-
-    fn is_done(&self) -> bool {
-        self.guests().all(|guest| guest.host.is_done()) && self.outside.is_done()
-    }
-
-    /// What became of all that was sent; what is still on its way counts as lost.
-    #[must_use]
-    pub fn tally(&self) -> Tally {
-        let mut sum = Tally::default();
-        let living: Vec<_> =
-            self.guests().map(|guest| &guest.host).chain([&self.outside]).collect();
-        let frames = || living.iter().map(|host| (&host.frames, false));
-        let frames = || frames().chain(self.graves.iter().map(|frames| (frames, true)));
-        for (from, dead) in frames() {
-            for (to, other_dead) in frames() {
-                let mut tally = from.settle_with(to);
-                if dead || other_dead {
-                    tally.excused += std::mem::take(&mut tally.lost);
-                }
-                sum += tally;
-            }
-            sum.corrupt += from.counts().corrupt;
-        }
-        for from in &living {
-            for to in &living {
-                if let (Some(from), Some(to)) = (&from.tcp, &to.tcp) {
-                    sum += from.settle_with(to);
-                }
-            }
-        }
-        sum
     }
 }

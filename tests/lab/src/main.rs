@@ -4,6 +4,7 @@ mod boot;
 mod capture;
 mod console;
 mod cpio;
+mod demo;
 mod elf;
 mod fdt;
 mod fuzz;
@@ -19,6 +20,7 @@ mod scenario;
 mod toolchain;
 mod ui;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -54,6 +56,13 @@ enum What {
     Test {
         /// Its name, from `cargo lab list`
         scenario: Option<String>,
+    },
+    /// Two guests and a backend in this process, from which features are taken under traffic: ten seconds to look at
+    #[command(disable_help_flag = true)]
+    Demo {
+        /// `--help` says which there are
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+        flags: Vec<OsString>,
     },
     /// Feed targets with bytes that nobody expects, each for a while
     Fuzz {
@@ -99,6 +108,7 @@ fn act(what: &What) -> Result<ExitCode> {
             (scenario.boot)(scenario.name)?;
         }
         What::Test { scenario } => return test(scenario.as_deref()),
+        What::Demo { flags } => return demo::run(flags),
         What::Fuzz { targets, seconds, input } => {
             return match (input, targets.as_slice()) {
                 (None, _) => fuzz::run(targets, *seconds),

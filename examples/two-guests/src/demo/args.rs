@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Parser;
-use two_guests::{Lever, Misdeed};
+use two_guests::{Board, Lever, Misdeed};
 
 /// Two guests pull checksummed streams from each other and from outside, through a backend from which Xen's features and its
 /// own datapaths are taken under traffic, and to which they are given back. All in this process, on a simulated Xen.
@@ -17,7 +17,7 @@ pub struct Args {
     /// Who has a turn when, and what packets are like
     #[arg(long, default_value = "1")]
     pub seed: u64,
-    /// Take something away: a XENFEAT bit by number or name, or a datapath (direct, map, map_identity, static), so many
+    /// Take something away: a XENFEAT bit by number or name, or a datapath (direct, map, map-identity, static), so many
     /// seconds after the start. Without any of these there is a schedule that goes through them all
     #[arg(long, value_name = "BIT@T")]
     pub withdraw: Vec<At>,
@@ -30,6 +30,9 @@ pub struct Args {
     /// Draw throughput over time
     #[arg(long, value_name = "PATH", default_value = "target/lab/demo/throughput.svg")]
     pub svg: PathBuf,
+    /// What it runs on: arm-2014 (bit 12, and no cache flush by Xen), arm (cache flush), or server (x86, an IOMMU)
+    #[arg(long, value_name = "BOARD", default_value = "arm-2014", value_parser = board)]
+    pub board: Board,
     /// Have somebody in the first guest drop, duplicate, reorder or corrupt frames, to see that it is noticed
     #[arg(long, value_name = "HOW", value_parser = misdeed)]
     pub sabotage: Option<Misdeed>,
@@ -60,12 +63,20 @@ fn seconds(text: &str) -> Result<f64, String> {
     if fit { Ok(seconds) } else { Err("it is half a second to an hour".into()) }
 }
 
-fn misdeed(text: &str) -> Result<Misdeed, String> {
-    let found = Misdeed::ALL.into_iter().find(|(name, _)| *name == text);
-    found.map(|(_, misdeed)| misdeed).ok_or_else(|| {
-        let names: Vec<_> = Misdeed::ALL.iter().map(|(name, _)| *name).collect();
+fn named<T: Copy>(all: &[(&str, T)], text: &str) -> Result<T, String> {
+    let found = all.iter().find(|(name, _)| *name == text);
+    found.map(|(_, thing)| *thing).ok_or_else(|| {
+        let names: Vec<_> = all.iter().map(|(name, _)| *name).collect();
         format!("it is one of {}", names.join(", "))
     })
+}
+
+fn misdeed(text: &str) -> Result<Misdeed, String> {
+    named(&Misdeed::ALL, text)
+}
+
+fn board(text: &str) -> Result<Board, String> {
+    named(&Board::ALL, text)
 }
 
 #[cfg(test)]
@@ -85,6 +96,7 @@ mod tests {
             (["--restore", "12@soon"], "seconds"),
             (["--seconds", "0"], "half a second"),
             (["--sabotage", "sing"], "duplicate"),
+            (["--board", "toast"], "arm-2014"),
         ] {
             let error = parse(&flags).map_err(|error| error.to_string());
             assert!(error.as_ref().is_err_and(|text| text.contains(hint)), "{flags:?}: {error:?}");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use features::XenFeatures;
 use serde_json::{Value, json};
 use two_guests::{Datapath, Lever, Meter, Tally};
 
@@ -72,8 +73,10 @@ impl Record {
             Lever::Path(path) => in_use(path),
             // What else a bit is good for depends on more than can be seen here.
             Lever::Bits(bits) => {
-                bits.contains(features::XenFeatures::GRANT_MAP_IDENTITY)
-                    && in_use(Datapath::MapIdentity)
+                let mapped = [Datapath::Map, Datapath::MapIdentity, Datapath::Static];
+                bits.contains(XenFeatures::GRANT_MAP_IDENTITY) && in_use(Datapath::MapIdentity)
+                    || bits.contains(XenFeatures::AUTO_TRANSLATED_PHYSMAP)
+                        && mapped.into_iter().any(in_use)
             }
         };
         self.withdrew_used |= !change.restore && counts;

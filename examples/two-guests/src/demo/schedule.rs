@@ -24,13 +24,17 @@ impl fmt::Display for Change {
     }
 }
 
-/// What is tried where the command line says nothing: what goes, when, and when it is back, in tenths of the run.
-const DEFAULT: [(Lever, f64, f64); 5] = [
-    (Lever::Path(Datapath::Direct), 1.0, 2.5),
-    (Lever::Bits(XenFeatures::GRANT_MAP_IDENTITY), 3.0, 4.5),
-    (Lever::Path(Datapath::Map), 5.0, 6.5),
-    (Lever::Bits(XenFeatures::DIRECT_MAPPED), 7.0, 8.0),
-    (Lever::Path(Datapath::Direct), 8.5, 9.25),
+/// What is tried where the command line says nothing: when, in tenths of the run, and whether it is given back. Each step takes
+/// something that is in use.
+const DEFAULT: [(f64, Lever, bool); 8] = [
+    (1.0, Lever::Path(Datapath::Static), false),
+    (2.2, Lever::Bits(XenFeatures::GRANT_MAP_IDENTITY), false),
+    (3.2, Lever::Path(Datapath::Direct), false),
+    (4.2, Lever::Bits(XenFeatures::GRANT_MAP_IDENTITY), true),
+    (5.2, Lever::Path(Datapath::Direct), true),
+    (6.2, Lever::Bits(XenFeatures::AUTO_TRANSLATED_PHYSMAP), false),
+    (7.2, Lever::Bits(XenFeatures::AUTO_TRANSLATED_PHYSMAP), true),
+    (8.6, Lever::Path(Datapath::Static), true),
 ];
 
 /// All changes, the first first.
@@ -42,10 +46,8 @@ pub fn schedule(args: &Args) -> Vec<Change> {
     }
     if changes.is_empty() {
         let tenth = args.seconds / 10.0;
-        for (lever, gone, back) in DEFAULT {
-            changes.push(Change { when: gone * tenth, lever, restore: false });
-            changes.push(Change { when: back * tenth, lever, restore: true });
-        }
+        let change = |(at, lever, restore)| Change { when: at * tenth, lever, restore };
+        changes.extend(DEFAULT.map(change));
     }
     changes.sort_by(|one, other| one.when.total_cmp(&other.when));
     changes

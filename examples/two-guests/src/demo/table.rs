@@ -27,8 +27,7 @@ fn look(path: Datapath) -> Style {
 /// Shares of the datapaths in use, the greatest first: as text of so many characters.
 fn shares(meter: &Meter) -> String {
     let total = meter.total();
-    let mut used: Vec<_> =
-        Datapath::ALL.into_iter().map(|path| (path, meter.by(path))).collect();
+    let mut used: Vec<_> = Datapath::ALL.into_iter().map(|path| (path, meter.by(path))).collect();
     used.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
     let shown = used.into_iter().filter(|(_, bytes)| bytes * 100 >= total.max(1)).take(3);
     let parts = shown.map(|(path, bytes)| {
@@ -173,7 +172,8 @@ mod tests {
 
     #[test]
     fn a_row_says_what_is_in_use_and_what_it_costs() {
-        let meter = Meter { packets: 200, bytes: [250, 750, 0, 0, 0], hypercalls: 4, notifications: 2 };
+        let meter =
+            Meter { packets: 200, bytes: [250, 750, 0, 0, 0], hypercalls: 4, notifications: 2 };
         let sample = Sample { at: 1.0, length: 0.001, vifs: vec![meter] };
         let row = console::strip_ansi_codes(&row("vif1.0", &sample, &meter)).into_owned();
         let words: Vec<_> = row.split_whitespace().collect();
@@ -181,6 +181,9 @@ mod tests {
             words,
             ["vif1.0", "direct", "75", "%", "copy", "25", "%", "8", "200000", "0.020", "0.010"]
         );
-        assert_eq!(row.chars().count(), head().lines().next().map_or(0, console::measure_text_width));
+        assert_eq!(
+            row.chars().count(),
+            head().lines().next().map_or(0, console::measure_text_width)
+        );
     }
 }
