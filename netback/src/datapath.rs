@@ -273,6 +273,7 @@ pub fn choose(
     target: Target,
 ) -> Result<Datapath, Fallback> {
     match target {
+        Target::Many if size < policy.direct_from.min(policy.map_from) => Ok(Datapath::Copy),
         Target::Many => Err(Fallback::Many),
         Target::Guest { .. } if size < policy.direct_from => Ok(Datapath::Copy),
         Target::Guest { .. } if !up.contains(Datapaths::DIRECT) => Err(Fallback::Withdrawn),
