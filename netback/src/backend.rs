@@ -102,6 +102,7 @@ pub struct Backend<H: Hypervisor> {
     lists: Vec<(JobId, Listing)>,
     /// A vif's index, plus one, is its port of the switch.
     pub(crate) vifs: Vec<Option<Vif<H>>>,
+    lives: u32,
     /// The vif that is asked first for packets.
     pub(crate) turn: usize,
     pub(crate) switch: Switch,
@@ -164,6 +165,7 @@ impl<H: Hypervisor> Backend<H> {
             scratch: Scratch::new(),
             planned_maps: 0,
             turn: 0,
+            lives: 0,
             notices: Vec::new(),
             next_tick: Instant::default(),
             config,
@@ -256,10 +258,13 @@ impl<H: Hypervisor> Backend<H> {
         let dir = format!("{ROOT}/{}/{}", id.domain, id.handle);
         let free = self.vifs.iter().position(Option::is_none).unwrap_or(self.vifs.len());
         let port = port_of(free);
+        // Numbers of connections that no other vif has had: pages that outlive one are not taken for the next one's.
+        self.lives = self.lives.wrapping_add(1 << 16);
+        let life = self.lives;
         if let Some(free) = self.vifs.get_mut(free) {
-            *free = Some(Vif::new(id, port, dir, self.config.max_queues, client));
+            *free = Some(Vif::new(id, port, life, dir, self.config.max_queues, client));
         } else if self.vifs.len() < self.config.max_vifs.into() {
-            self.vifs.push(Some(Vif::new(id, port, dir, self.config.max_queues, client)));
+            self.vifs.push(Some(Vif::new(id, port, life, dir, self.config.max_queues, client)));
         } else {
             log::error!("netback: {id} is one vif more than {}", self.config.max_vifs);
         }

@@ -168,6 +168,7 @@ impl<H: Hypervisor> Vif<H> {
     pub(crate) fn new(
         id: VifId,
         port: PortId,
+        life: u32,
         dir: String,
         max_queues: u16,
         client: &mut Client,
@@ -176,7 +177,7 @@ impl<H: Hypervisor> Vif<H> {
         Self {
             id,
             port,
-            life: 0,
+            life,
             lent: 0,
             found: None,
             control: None,
