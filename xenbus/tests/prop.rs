@@ -73,6 +73,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     )
 }
 
+/// The values that a read has to bring, if they are known.
+type Exact = Option<Vec<Option<u8>>>;
+
 /// The client, the server, and what sits between them.
 struct World {
     server: Server,
@@ -91,7 +94,7 @@ struct World {
     conflicting: Vec<ReqId>,
     commits: BTreeMap<JobId, Vec<(usize, u8)>>,
     /// Reads, and whether they may be exact: nothing else was under way.
-    reads: BTreeMap<JobId, (Vec<usize>, Option<Vec<Option<u8>>>)>,
+    reads: BTreeMap<JobId, (Vec<usize>, Exact)>,
     refused: usize,
     refusals: usize,
     values: [Option<u8>; NODES],
@@ -250,12 +253,7 @@ impl World {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        nodes: &[usize],
-        exact: Option<Vec<Option<u8>>>,
-        result: Result<Outcome, Error>,
-    ) -> Verdict {
+    fn read(&mut self, nodes: &[usize], exact: Exact, result: Result<Outcome, Error>) -> Verdict {
         let values = match result {
             Ok(Outcome::Values(values)) => values,
             Err(Error::Store { at, .. }) => {
