@@ -252,34 +252,43 @@ impl<H: Hypervisor> Frontend<H> {
             return false;
         }
         self.keep_time(client, now);
+        // Found while packets were received: what that queue thinks of its slots is not to be built on.
+        let polled = match self.fault.take() {
+            Some(fault) => Err(fault),
+            None => self.poll_queues(now),
+        };
+        match polled {
+            Ok((more, multicast_refused)) => {
+                if multicast_refused && self.config.multicast_filter {
+                    self.drop_filter(client);
+                }
+                more
+            }
+            Err(fault) => {
+                self.faulted(client, fault, now);
+                false
+            }
+        }
+    }
+
+    /// Whether there is more to do at once, and whether the backend has refused a change of its filter.
+    fn poll_queues(&mut self, now: Instant) -> Result<(bool, bool), BackendFault> {
         self.tell_multicast();
         let (mut more, mut refused) = (false, false);
         for (index, queue) in self.queues.iter_mut().enumerate() {
-            match queue.poll(now) {
-                Ok(polled) => {
-                    more |= polled.more;
-                    refused |= queue.take_multicast_refused();
-                    if polled.stalled {
-                        self.notices.push(Notice::Stalled { queue: index });
-                    }
-                }
-                Err(fault) => self.fault = self.fault.or(Some(fault)),
+            let polled = queue.poll(now)?;
+            more |= polled.more;
+            refused |= queue.take_multicast_refused();
+            if polled.stalled {
+                self.notices.push(Notice::Stalled { queue: index });
             }
         }
         if let Some(control) = &mut self.control
             && (self.established || self.leaving.is_some())
-            && let Err(fault) = control.poll(&mut self.queues, now)
         {
-            self.fault = self.fault.or(Some(fault));
+            control.poll(&mut self.queues, now)?;
         }
-        if let Some(fault) = self.fault.take() {
-            self.faulted(client, fault, now);
-            return false;
-        }
-        if refused && self.config.multicast_filter {
-            self.drop_filter(client);
-        }
-        more
+        Ok((more, refused))
     }
 
     /// When [`poll`](Self::poll) is to be called though no event comes.

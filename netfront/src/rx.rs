@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use grant::{GrantTable, GrantedPage, SharedMemory};
 use hypercall::{DomId, GrantRef, Hypervisor, Instant};
 use netif::ring::{Notify, RxFrontRing};
-use netif::rx::{Received, RxDrop, assemble};
+use netif::rx::{Received, RxDrop, Taken, assemble};
 use netif::slot::{RxId, RxRequest};
 
 use crate::Meta;
@@ -23,8 +23,10 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     table: GrantTable<H>,
     ring: RxFrontRing<RingPage<H>>,
     gref: GrantRef,
-    /// By slot; granted when first posted, and from then on.
+    /// With the backend, by slot.
     pages: Vec<Option<GrantedPage<H>>>,
+    /// Back from it; the last is the next to be posted, as it is the warmest. Once granted a page stays so.
+    spare: Vec<GrantedPage<H>>,
     /// References granted since they were last asked for; `None` if nobody asks.
     fresh: Option<Vec<GrantRef>>,
     /// Requests to have with the backend.
@@ -43,6 +45,7 @@ impl<H: Hypervisor> RxQueue<H> {
             gref: page.gref(),
             ring: RxFrontRing::init_at(page, maker.first_index),
             fresh: maker.static_grants.then(|| Vec::with_capacity(slots.len())),
+            spare: Vec::with_capacity(slots.len()),
             pages: slots.map(|_| None).collect(),
             posted: maker.posted.into(),
             retry: None,
@@ -66,7 +69,7 @@ impl<H: Hypervisor> RxQueue<H> {
 
     /// Every reference that the backend knows of.
     pub(crate) fn grefs(&self) -> impl Iterator<Item = GrantRef> {
-        self.pages.iter().flatten().map(GrantedPage::gref)
+        self.pages.iter().flatten().chain(&self.spare).map(GrantedPage::gref)
     }
 
     /// The ring's page.
@@ -79,19 +82,37 @@ impl<H: Hypervisor> RxQueue<H> {
         self.retry
     }
 
-    /// The next packet, into `to`, which is emptied first. Packets that are none are counted, and their pages kept.
+    /// The next packet, in `to`'s place. Packets that are none are counted, and their pages kept.
     pub(crate) fn receive(&mut self, to: &mut Vec<u8>) -> Result<Option<Meta>, BackendFault> {
         loop {
             if self.ring.available() == 0 && self.ring.poll()? == 0 {
                 return Ok(None);
             }
             let Some(verdict) = assemble(&mut self.ring.responses())? else { return Ok(None) };
-            // The pages' turn to be posted comes when the ring has gone round to their slots.
-            match verdict.packet {
-                Ok(received) => return Ok(Some(self.linearise(&received, to))),
-                Err(RxDrop::Status(_)) => self.counters.failed += 1,
-                Err(_) => self.counters.malformed += 1,
+            let received = match verdict.packet {
+                Ok(received) => Some(self.linearise(&received, to)),
+                Err(RxDrop::Status(_)) => {
+                    self.counters.failed += 1;
+                    None
+                }
+                Err(_) => {
+                    self.counters.malformed += 1;
+                    None
+                }
+            };
+            self.take_back(verdict.taken);
+            if received.is_some() {
+                return Ok(received);
             }
+        }
+    }
+
+    /// Pages whose responses came are ours again.
+    fn take_back(&mut self, taken: Taken) {
+        let slots = (usize::from(taken.first)..).take(taken.count.into());
+        for slot in slots {
+            let slot = slot.checked_rem(self.pages.len()).unwrap_or(0);
+            self.spare.extend(self.pages.get_mut(slot).and_then(Option::take));
         }
     }
 
@@ -120,14 +141,14 @@ impl<H: Hypervisor> RxQueue<H> {
         while self.ring.outstanding() < self.posted {
             let slot = self.ring.next_slot();
             let Some(place) = self.pages.get_mut(usize::from(slot)) else { break };
-            let gref = match place {
-                Some(page) => page.gref(),
+            let page = match self.spare.pop() {
+                Some(page) => page,
                 None => match self.table.share(self.backend, false) {
                     Ok(page) => {
                         if let Some(fresh) = &mut self.fresh {
                             fresh.push(page.gref());
                         }
-                        place.insert(page).gref()
+                        page
                     }
                     Err(error) => {
                         log::debug!("netfront: no page to post: {error}");
@@ -137,6 +158,7 @@ impl<H: Hypervisor> RxQueue<H> {
                     }
                 },
             };
+            let gref = place.insert(page).gref();
             if self.ring.push(RxRequest { id: RxId(slot), gref }).is_err() {
                 break;
             }

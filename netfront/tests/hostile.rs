@@ -428,6 +428,27 @@ fn hostile_61_few_pages_to_begin_with() {
 }
 
 #[test]
+fn no_more_pages_are_received_into_than_are_posted() {
+    let config = netfront::Config {
+        split: false,
+        posted: 20,
+        ..netfront::Config::new(hypercall::Handle(0))
+    };
+    let mut world = World::plain(config).with_neighbour();
+    world.offer(&[("feature-sg", "1")]);
+    let mut rings = world.attach();
+    let granted = world.grants();
+    assert_eq!(granted, (2 + 20, 0));
+    for at in 0..300_u16 {
+        let (at, next) = (at * 2 % 256, (at * 2 + 1) % 256);
+        world.answer_rx(&mut rings, &[rx(at, 0, MORE, 60), rx(next, 0, NONE, 60)]);
+        assert_eq!(rings.rx.poll().unwrap(), 20);
+    }
+    assert_eq!((world.received.len(), world.grants()), (300, granted));
+    world.assert_carried_on(rings);
+}
+
+#[test]
 fn hostile_80_no_reference_is_free() {
     let (mut world, mut rings) = connected();
     world.send(3);

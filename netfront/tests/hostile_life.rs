@@ -19,7 +19,7 @@ use xenbus::device::State;
 use xenbus::wire::{Access, Perm};
 
 fn config() -> Config {
-    Config { split: false, ..Config::new(Handle(0)) }
+    Config { split: false, posted: 32, ..Config::new(Handle(0)) }
 }
 
 fn fresh() -> World {

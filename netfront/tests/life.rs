@@ -132,6 +132,7 @@ fn a_resumed_domain_starts_over() {
         world.send(3);
         move_away(&mut world, rings);
         world.nic.resumed(&mut world.guest.1, false);
+        assert_eq!(world.grants(), (0, 0), "at once, as numbers of before mean nothing here");
         world.settle();
         assert_eq!(world.nic.state(), State::Initialising);
         assert!(world.notices.contains(&Notice::Disconnected));

@@ -208,7 +208,7 @@ impl<N: Nic> World<N> {
 
     /// Connects a second interface, of whose doings all is judged by [`Self::assert_unmoved`].
     pub fn with_neighbour(mut self) -> Self {
-        let config = Config { split: false, ..Config::new(Handle(1)) };
+        let config = Config { split: false, posted: 32, ..Config::new(Handle(1)) };
         let (binder, client) = (self.upcalls.binder(), &mut self.guest.1);
         let nic = Frontend::new(self.table.clone(), binder, client, config);
         self.neighbour = Some(Neighbour { nic, notices: Vec::new(), received: 0, rings: None });
