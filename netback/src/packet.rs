@@ -166,13 +166,16 @@ impl<H: Hypervisor> Packet<H> {
     }
 
     /// The mapped part, for a device that reads by bus address; it follows the [private](Self::bytes) bytes. Of a packet
-    /// that is not mapped there is none. `None` if the rule has no address for a page.
+    /// that is not mapped there is none. `None` if the rule has no address for a page: one that cleans by the identity
+    /// mapping has none for a packet that was mapped without.
     pub fn dma(&self, rule: DmaRule) -> impl Iterator<Item = Option<DmaPiece>> {
         let pages = match &self.rest {
             Rest::Lent(loan) => loan.pages(),
             Rest::None | Rest::Taken(_) => &[],
         };
-        pages.iter().map(move |lent| DmaPiece::of(rule, &lent.page, lent.offset, lent.len))
+        let holds = !rule.needs_identity() || self.path == Datapath::MapIdentity;
+        let rule = holds.then_some(rule);
+        pages.iter().map(move |lent| DmaPiece::of(rule?, &lent.page, lent.offset, lent.len))
     }
 
     /// Who lent it pages, and when.

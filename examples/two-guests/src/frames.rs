@@ -4,9 +4,12 @@
 //! frames that are numbered and checked themselves.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 
 use hypercall::Instant;
+use netfront::Meta;
 use netif::mac::MacAddr;
+use netif::offload::{Checksum, Gso, IpVersion};
 
 use crate::check::{Sequence, Tally};
 use crate::payload;
@@ -34,6 +37,11 @@ pub enum Sizes {
     Fixed(usize),
     /// Anything from the smallest to this, small ones and the largest most often.
     Mixed(usize),
+    /// Anything from the smallest to this, each power of two as often as any other.
+    Spread(usize),
+    /// The same, each within a TCP packet to be segmented, where the sender's wire does that. Who gets them must take them in
+    /// one piece.
+    Segmented(usize),
 }
 
 impl Sizes {
@@ -45,6 +53,11 @@ impl Sizes {
                 1 => max,
                 _ => HEADER + random.below(max.saturating_sub(HEADER) + 1),
             },
+            Self::Spread(max) | Self::Segmented(max) => {
+                let scale = (max / HEADER).max(1).ilog2() as usize;
+                let least = HEADER << random.below(scale + 1);
+                (least + random.below(least)).min(max)
+            }
         };
         len.clamp(HEADER, most.max(HEADER))
     }
@@ -154,6 +167,39 @@ fn sum(frame: &[u8]) -> Option<u64> {
     Some(payload::sum(before).rotate_left(1) ^ payload::sum(rest.get(8..)?))
 }
 
+/// Bytes of Ethernet, IPv4 and TCP in front of a frame that is to be segmented.
+const SHELL: usize = 54;
+/// IPv4, and the port that tells these frames from other TCP: the same number as the type of the others.
+const IPV4: [u8; 2] = [0x08, 0x00];
+/// Bytes of payload in a segment.
+const SEGMENT: NonZeroU16 = NonZeroU16::new(1448).unwrap();
+
+/// Wraps the frame that `packet` has from [`SHELL`] on.
+fn wrap(packet: &mut [u8], flow: u16) {
+    let (ethernet, ip, tcp) = (0, 14, 34);
+    let addresses: [u8; 12] = get(packet, SHELL).unwrap_or_default();
+    let len = packet.len() as u16;
+    put(packet, ethernet, &addresses);
+    put(packet, ethernet + 12, &IPV4);
+    put(packet, ip, &[0x45, 0]);
+    put(packet, ip + 2, &(len - 14).to_be_bytes());
+    put(packet, ip + 4, &[0, 0, 0x40, 0, 64, 6, 0, 0, 10, 9, 0, 1, 10, 9, 0, 2]);
+    put(packet, tcp, &flow.to_be_bytes());
+    put(packet, tcp + 2, &ETHERTYPE);
+    put(packet, tcp + 4, &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+}
+
+/// The frame in a packet that [`wrap`] made, if it is one; `None` if its headers have changed.
+fn unwrap(packet: &[u8]) -> Option<&[u8]> {
+    if get(packet, 12) == Some(ETHERTYPE) {
+        return Some(packet);
+    }
+    let frame = packet.get(SHELL..)?;
+    let good = packet.get(..12) == frame.get(..12)
+        && u16::from_be_bytes(get(packet, 16)?) as usize == packet.len() - 14;
+    good.then_some(frame)
+}
+
 impl Header {
     fn write(self, frame: &mut [u8], to: MacAddr, from: MacAddr) {
         put(frame, 0, &to.0);
@@ -243,7 +289,11 @@ impl Frames {
     /// Whether a frame, with its header, is one of these, well or not.
     #[must_use]
     pub fn is_frame(frame: &[u8]) -> bool {
-        get(frame, 12) == Some(ETHERTYPE)
+        match get(frame, 12) {
+            Some(ETHERTYPE) => true,
+            Some(IPV4) => get(frame, 23) == Some([6]) && get(frame, 36) == Some(ETHERTYPE),
+            _ => false,
+        }
     }
 
     /// Takes a frame that came, if it is one of these; says whether it was.
@@ -257,7 +307,7 @@ impl Frames {
         }
         let from = get(frame, 6).map_or(MacAddr::BROADCAST, MacAddr);
         let len = frame.len() as u64;
-        let taken = match Header::read(frame) {
+        let taken = match unwrap(frame).and_then(Header::read) {
             Some(header) if header.to != self.station => {
                 self.counts.stale += 1;
                 return true;
@@ -316,7 +366,7 @@ impl Frames {
             let (kind, number) = (Kind::Ack, incoming.acks);
             let header = Header { kind, flow: *flow, from: *station, to: *from, number, reached };
             header.write(scratch, to, mac);
-            if wire.send(*flow, scratch) {
+            if wire.send(*flow, scratch, Meta::default()) {
                 incoming.acks += 1;
                 incoming.reported = reached;
                 some = true;
@@ -331,19 +381,30 @@ impl Frames {
                 (out.reached, out.since) = (out.sent, now);
             }
             while out.sent - out.reached < out.flow.window {
-                let len = out.flow.sizes.draw(random, most);
-                scratch.resize(len, 0);
+                let segmented = matches!(out.flow.sizes, Sizes::Segmented(_)) && wire.segments();
+                let shell = if segmented { SHELL } else { 0 };
+                let len = out.flow.sizes.draw(random, most - shell);
+                scratch.resize(shell + len, 0);
                 let (kind, number, reached) = (Kind::Data, out.sent, 0);
                 let (flow, to) = (out.flow.id, out.flow.to);
-                if let Some(payload) = scratch.get_mut(HEADER..) {
+                let Some(frame) = scratch.get_mut(shell..) else { break };
+                if let Some(payload) = frame.get_mut(HEADER..) {
                     payload::fill(
                         payload,
                         number ^ u64::from(station.0) << 40 ^ u64::from(flow) << 24,
                     );
                 }
                 let header = Header { kind, flow, from: *station, to, number, reached };
-                header.write(scratch, out.flow.mac, mac);
-                if !wire.send(flow, scratch) {
+                header.write(frame, out.flow.mac, mac);
+                let mut meta = Meta::default();
+                if segmented {
+                    wrap(scratch, flow);
+                    let gso = Gso { size: SEGMENT, version: IpVersion::V4 };
+                    // One segment is no segmentation.
+                    let gso = (len >= SEGMENT.get().into()).then_some(gso);
+                    meta = Meta { checksum: Checksum::Blank, gso };
+                }
+                if !wire.send(flow, scratch, meta) {
                     break;
                 }
                 if out.sent == out.reached {

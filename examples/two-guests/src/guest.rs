@@ -7,6 +7,7 @@ use grant::GrantTable;
 use hypercall::{DomId, Errno, Handle, Instant, VcpuId};
 use netfront::device::{NetDevice, RxToken, TxToken};
 use netfront::{Frontend, Meta, Notice};
+use netif::keys::Features;
 use netif::mac::MacAddr;
 use sim::{DomainConfig, SimHv};
 use smoltcp::phy::{Device, DeviceCapabilities};
@@ -125,10 +126,14 @@ impl Wire for Nic<'_> {
         self.max_frame
     }
 
-    fn send(&mut self, flow: u16, frame: &[u8]) -> bool {
+    fn segments(&self) -> bool {
+        self.device.frontend().features().contains(Features::SG | Features::GSO_TCPV4)
+    }
+
+    fn send(&mut self, flow: u16, frame: &[u8], meta: Meta) -> bool {
         let nic = self.device.frontend_mut();
         let queue = usize::from(flow).checked_rem(nic.queues());
-        queue.is_some_and(|queue| nic.send(queue, frame, Meta::default()).is_ok())
+        queue.is_some_and(|queue| nic.send(queue, frame, meta).is_ok())
     }
 }
 

@@ -21,6 +21,6 @@ pub use levers::{Lever, Meter, Unknown};
 pub use netback::datapath::Datapath;
 pub use random::Random;
 pub use tcp::{BLOCK, StreamId, Tcp};
-pub use uplink::Uplink;
+pub use uplink::{Misrule, Uplink};
 pub use wire::{Misdeed, Wire};
 pub use world::{Actor, BackendDomain, Board, Config, Place, SECOND, Stuck, World};

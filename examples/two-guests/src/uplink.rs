@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 
+use features::XenFeatures;
 use hypercall::Instant;
-use netback::datapath::Datapath;
-use netback::dma::{self, DmaPiece, Maintenance};
+use netback::datapath::{self, Arch, Facts};
+use netback::dma::{self, DmaPiece, DmaRule, Maintenance};
 use netback::{Backend, Packet};
+use netfront::Meta;
 use netif::mac::MacAddr;
 use netif::offload::Checksum;
 use sim::{DmaCounts, DmaDevice, SimHv};
@@ -46,6 +48,45 @@ pub struct Uplink {
     budget: usize,
     /// Packets that the driver could make nothing of.
     dropped: u64,
+    misrule: Option<Misrule>,
+}
+
+/// What a driver must not do: ways to be wrong about where a card finds what a guest lent. A run in which it is done on purpose
+/// shows that it would be noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misrule {
+    /// The card is given the guest-physical address at which the page was mapped.
+    MappedAddress,
+    /// It is given the machine address.
+    MachineAddress,
+    /// Nobody cleans the caches of what it is to read.
+    NoCleaning,
+    /// They are cleaned at the guest-physical address that equals the machine address, as if the page were there. So did Linux 3.15.
+    CleaningElsewhere,
+}
+
+impl Misrule {
+    /// The rule that would be right in another domain than one with these bits.
+    fn rule(self, bits: XenFeatures) -> Option<DmaRule> {
+        let (direct, other) = (XenFeatures::DIRECT_MAPPED, XenFeatures::NOT_DIRECT_MAPPED);
+        let bits = match self {
+            Self::MappedAddress => bits - direct | other,
+            Self::MachineAddress => bits - other | direct,
+            Self::NoCleaning | Self::CleaningElsewhere => bits,
+        };
+        let arch = match self {
+            Self::MappedAddress | Self::MachineAddress => Arch::X86,
+            Self::NoCleaning | Self::CleaningElsewhere => Arch::Arm,
+        };
+        let facts = Facts {
+            arch,
+            grant_copy: true,
+            cache_flush: false,
+            iommu_maps: true,
+            uplink: datapath::Uplink::Nic { coherent: true },
+        };
+        dma::rule(bits, &facts)
+    }
 }
 
 impl Uplink {
@@ -60,6 +101,7 @@ impl Uplink {
             buffer: Vec::new(),
             budget: 0,
             dropped: 0,
+            misrule: None,
         }
     }
 
@@ -73,6 +115,11 @@ impl Uplink {
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Has the driver go wrong from now on.
+    pub fn mislead(&mut self, misrule: Misrule) {
+        self.misrule = Some(misrule);
     }
 
     /// The driver: takes what is to go out, and hands in what came. Answers whether there was anything.
@@ -115,9 +162,10 @@ impl Uplink {
             return Ok(Descriptor { packet, pieces: Vec::new() });
         }
         // The rule of this moment: what was advertised when the packet was mapped may be gone.
-        let rule = backend
-            .dma_rule()
-            .filter(|rule| !rule.needs_identity() || packet.path() == Datapath::MapIdentity);
+        let rule = match self.misrule {
+            None => backend.dma_rule(),
+            Some(misrule) => misrule.rule(backend.features().snapshot().bits()),
+        };
         let pieces: Option<Vec<_>> = rule.and_then(|rule| packet.dma(rule).collect());
         if let Some(pieces) = pieces.filter(|pieces| self.clean(pieces)) {
             return Ok(Descriptor { packet, pieces });
@@ -133,11 +181,19 @@ impl Uplink {
 
     /// Has the card see what the processors' caches hold of these bytes.
     fn clean(&self, pieces: &[DmaPiece]) -> bool {
+        let by_instruction =
+            |piece: &DmaPiece| self.hv.clean_cache(piece.address.bus().0, piece.len.into());
+        if self.misrule == Some(Misrule::CleaningElsewhere) {
+            // Who is wrong about the address does not ask whether it helped.
+            pieces.iter().for_each(|piece| {
+                by_instruction(piece);
+            });
+            return true;
+        }
         dma::clean(&self.hv, pieces.iter().copied()).is_ok()
-            && pieces.iter().all(|piece| {
-                piece.maintenance != Maintenance::Identity
-                    || self.hv.clean_cache(piece.address.bus().0, piece.len.into())
-            })
+            && pieces
+                .iter()
+                .all(|piece| piece.maintenance != Maintenance::Identity || by_instruction(piece))
     }
 
     /// The card gets so far and no further in this turn: the rest stays in its hands.
@@ -244,7 +300,11 @@ impl Wire for Outside<'_> {
         FRAME
     }
 
-    fn send(&mut self, _: u16, frame: &[u8]) -> bool {
+    fn segments(&self) -> bool {
+        false
+    }
+
+    fn send(&mut self, _: u16, frame: &[u8], _: Meta) -> bool {
         let Uplink { received, spare, .. } = &mut *self.nic;
         if received.len() >= RING {
             return false;

@@ -1,5 +1,6 @@
 //! What an application sends and receives Ethernet frames through.
 
+use netfront::Meta;
 use netif::mac::MacAddr;
 use smoltcp::phy;
 
@@ -14,8 +15,11 @@ pub trait Wire: phy::Device {
     /// The largest frame that may be sent, in bytes.
     fn max_frame(&self) -> usize;
 
+    /// Whether packets may be sent that are to be segmented further on.
+    fn segments(&self) -> bool;
+
     /// Sends a frame of one flow; `false` if there is no room now, and then nothing of it was sent.
-    fn send(&mut self, flow: u16, frame: &[u8]) -> bool;
+    fn send(&mut self, flow: u16, frame: &[u8], meta: Meta) -> bool;
 }
 
 /// What a network must not do. A run in which somebody does it on purpose shows that it would be noticed.

@@ -209,6 +209,11 @@ impl World {
         &self.uplink
     }
 
+    /// The backend's network card, to change.
+    pub fn uplink_mut(&mut self) -> &mut Uplink {
+        &mut self.uplink
+    }
+
     /// What runs at the far end of the wire.
     #[must_use]
     pub fn outside(&self) -> &Host {
