@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::VecDeque;
 
-use common::{Nic, Rings, World};
+use common::{Rings, World};
 use grant::SharedMemory;
 use hypercall::{GrantRef, Handle};
 use netfront::Config;
