@@ -88,6 +88,11 @@ impl<H: Hypervisor> RxQueue<H> {
         self.headroom = headroom;
     }
 
+    /// Bytes that one page of the guest's takes.
+    pub(crate) fn room(&self) -> usize {
+        self.headroom.room()
+    }
+
     fn shape(&self, packet: &Packet<H>) -> RxPacket {
         RxPacket {
             len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
