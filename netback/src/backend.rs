@@ -282,7 +282,7 @@ impl<H: Hypervisor> Backend<H> {
     pub(crate) fn sweep(&mut self) {
         for (index, slot) in self.vifs.iter_mut().enumerate() {
             let Some(vif) = slot else { continue };
-            if vif.queues.is_empty() {
+            if core::mem::take(&mut vif.cut) {
                 // Chains that others still hold are of rings that are gone.
                 self.table.forget(port_of(index));
                 self.switch.forget_port(port_of(index));

@@ -106,6 +106,8 @@ pub(crate) struct Vif<H: Hypervisor> {
     max_queues: u16,
     pub(crate) queues: Vec<Queue<H>>,
     draining: Option<Draining<H>>,
+    /// It was cut off from its queues, and others may not know yet.
+    pub(crate) cut: bool,
     pub(crate) features: Features,
     /// Of connections that have ended, and of packets that reached none of its queues.
     pub(crate) ended: Counters,
@@ -163,6 +165,7 @@ impl<H: Hypervisor> Vif<H> {
             ended: Counters::default(),
             faults: 0,
             not_before: None,
+            cut: false,
             gone: false,
         }
     }
@@ -475,6 +478,7 @@ impl<H: Hypervisor> Vif<H> {
             None if self.queues.is_empty() => return self.follow(after, around),
             None => {
                 let queues = core::mem::take(&mut self.queues);
+                self.cut = true;
                 let control = self.control.take();
                 let until = around.now.after(DRAIN_CAP);
                 self.draining = Some(Draining { queues, control, until, after });
