@@ -105,6 +105,13 @@ impl Uplink {
         }
     }
 
+    /// The driver's domain is about to end, and whatever it had with the card ends with it.
+    pub(crate) fn lose(&mut self) {
+        self.sending.clear();
+        self.waiting = None;
+        self.received.clear();
+    }
+
     /// What the card did by itself.
     #[must_use]
     pub fn dma(&self) -> DmaCounts {

@@ -57,6 +57,8 @@ impl World {
         }
         let Some(domain) = self.backend.take() else { return false };
         let id = domain.hv.id();
+        // A card that read on would read what the pages hold next.
+        self.uplink.lose();
         self.sim.destroy(id);
         drop(domain);
         self.server.domain_gone(id);
