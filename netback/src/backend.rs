@@ -224,7 +224,15 @@ impl<H: Hypervisor> Backend<H> {
     fn on_root(&mut self, client: &mut Client, path: &str) {
         match parse_path(path) {
             Some(id) => self.seen(client, id),
-            None => self.list(client, ROOT.into(), Listing::Domains),
+            None => {
+                // A directory above vifs: they may have gone with it.
+                let above = format!("{path}/");
+                let below = |id: VifId| format!("{ROOT}/{}/", id.domain).starts_with(&above);
+                for vif in self.vifs.iter_mut().flatten().filter(|vif| below(vif.id)) {
+                    vif.changed(client);
+                }
+                self.list(client, ROOT.into(), Listing::Domains);
+            }
         }
     }
 

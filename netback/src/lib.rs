@@ -14,6 +14,7 @@ mod fault;
 mod lent;
 pub mod multicast;
 mod negotiate;
+mod notice;
 pub mod offload;
 pub mod packet;
 mod queue;

@@ -127,6 +127,12 @@ impl<H: Hypervisor> Queue<H> {
         self.tx_ready |= self.events.tx;
     }
 
+    /// Takes a new limit; a packet that waits for the old one is tried again at once.
+    pub(crate) fn set_rate(&mut self, rate: RateLimit) {
+        self.tx.set_rate(rate);
+        self.tx_ready |= self.again.take().is_some();
+    }
+
     /// Whether there may be packets to take.
     pub(crate) fn has_tx(&self) -> bool {
         self.tx_ready

@@ -176,7 +176,10 @@ impl<H: Hypervisor> Backend<H> {
                 *found = found.or(taken.err());
             }
         }
-        self.queues().any(|queue| queue.tx.is_busy() || queue.rx.is_busy())
+        // What a vif that is given up has begun goes with it.
+        let going_on = self.vifs.iter().flatten().filter(|vif| vif.found.is_none());
+        let mut queues = going_on.flat_map(|vif| &vif.queues);
+        queues.any(|queue| queue.tx.is_busy() || queue.rx.is_busy())
     }
 
     /// Does all copies in one hypercall, and settles what they were for.
@@ -184,7 +187,7 @@ impl<H: Hypervisor> Backend<H> {
         let Self { hv, ops, vifs, table, modes, scratch, .. } = self;
         let up = modes.up();
         let mut copies = ops.begin();
-        for vif in vifs.iter_mut().flatten() {
+        for vif in vifs.iter_mut().flatten().filter(|vif| vif.found.is_none()) {
             let Vif { queues, control, found, .. } = vif;
             for (queue, index) in queues.iter_mut().zip(0..) {
                 let pages = QueuePages { control: control.as_ref(), queue: index };
@@ -196,6 +199,9 @@ impl<H: Hypervisor> Backend<H> {
         let outcome = copies.submit(hv);
         for (index, vif) in vifs.iter_mut().enumerate() {
             let Some(Vif { queues, found, .. }) = vif else { continue };
+            if found.is_some() {
+                continue;
+            }
             for queue in queues {
                 if queue.rx.is_busy() {
                     let settled = queue.rx.settle(outcome, table, &mut scratch.relayed);

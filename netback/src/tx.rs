@@ -125,6 +125,7 @@ impl<H: Hypervisor> TxQueue<H> {
 
     pub(crate) fn set_rate(&mut self, rate: crate::rate::RateLimit) {
         self.credit.set_limit(rate);
+        self.wait = None;
     }
 
     /// Whether packets were taken that are not settled.

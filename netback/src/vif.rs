@@ -7,11 +7,10 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::fmt;
 
 use evtchn::Binder;
 use grant::{MapOps, Mapper};
-use hypercall::{DomId, Handle, Hypervisor, Instant, PageOffset};
+use hypercall::{Hypervisor, Instant, PageOffset};
 use netif::keys::{self, Features};
 use netif::mac::MacAddr;
 use xenbus::client::{Change, Client, Error, JobId, Outcome, WatchId};
@@ -24,6 +23,7 @@ use crate::fault::{Refusal, VifFault};
 use crate::lent::Origin;
 use crate::multicast::Filter;
 use crate::negotiate;
+pub use crate::notice::{Notice, VifId};
 use crate::queue::{Connector, Queue};
 use crate::rate::RateLimit;
 use crate::switch::PortId;
@@ -35,47 +35,6 @@ const MAX_DOUBLINGS: u32 = 8;
 /// Nanoseconds that pages which were lent out are waited for after a disconnect, before they are parked.
 const DRAIN_CAP: u64 = 10_000_000_000;
 
-/// Names a vif: the guest's domain, and its interface's number there.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct VifId {
-    /// The frontend's domain.
-    pub domain: DomId,
-    /// Which of its interfaces.
-    pub handle: Handle,
-}
-
-impl fmt::Display for VifId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "vif{}.{}", self.domain, self.handle)
-    }
-}
-
-/// Something that whoever runs the backend may want to know.
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum Notice {
-    /// The vif is offered to its frontend. It does not connect before the toolstack has put it where it belongs and
-    /// written `hotplug-status`.
-    Offered(VifId),
-    /// Packets can flow.
-    Connected {
-        /// Which vif.
-        vif: VifId,
-        /// With how many queues.
-        queues: usize,
-        /// With what both ends can do.
-        features: Features,
-    },
-    /// Packets no longer flow; rings and ports are released.
-    Disconnected(VifId),
-    /// The frontend broke the protocol, and is closed.
-    Faulted(VifId, VifFault),
-    /// What the frontend asked for cannot be had.
-    Refused(VifId, Refusal),
-    /// The vif is gone.
-    Removed(VifId),
-}
-
 /// The job that the vif waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
@@ -84,6 +43,7 @@ enum Step {
     Offer(JobId),
     Look(JobId),
     Read(JobId),
+    Reconfigure(JobId),
     Write(JobId),
     /// For no job: what was connected is not all let go of yet. What changes meanwhile is looked at after.
     Drain,
@@ -94,6 +54,7 @@ enum Step {
 /// takes its pages back once it reads `Closing`, is told nothing.
 struct Draining<H: Hypervisor> {
     queues: Vec<Queue<H>>,
+    control: Option<Control<H>>,
     /// When it is given up: what is still out then is parked.
     until: Instant,
     /// What follows.
@@ -127,8 +88,12 @@ pub(crate) struct Vif<H: Hypervisor> {
     pub(crate) lent: usize,
     /// Why it cannot go on, until that is seen to.
     pub(crate) found: Option<VifFault>,
+    /// The control ring, of a frontend that has one.
     pub(crate) control: Option<Control<H>>,
+    /// Which multicast the frontend wants.
     pub(crate) filter: Filter,
+    /// What `carrier` says, or would if it were there.
+    carrier: bool,
     dir: String,
     frontend: String,
     watch: Option<WatchId>,
@@ -161,7 +126,7 @@ pub(crate) struct Around<'a, H: Hypervisor> {
 }
 
 /// The nodes of our own directory that [`Vif::probed`] reads.
-const PROBE: [&str; 5] = ["state", "frontend", "frontend-id", keys::MAC, "rate"];
+const PROBE: [&str; 5] = ["state", "frontend", "frontend-id", keys::MAC, keys::RATE];
 
 impl<H: Hypervisor> Vif<H> {
     /// A vif whose directory `dir` has just been seen.
@@ -182,6 +147,7 @@ impl<H: Hypervisor> Vif<H> {
             found: None,
             control: None,
             filter: Filter::default(),
+            carrier: true,
             dir,
             frontend: String::new(),
             watch: None,
@@ -235,6 +201,8 @@ impl<H: Hypervisor> Vif<H> {
             format!("{dir}/state"),
             format!("{dir}/online"),
             format!("{dir}/hotplug-status"),
+            format!("{dir}/{}", keys::RATE),
+            format!("{frontend}/{}", keys::REQUEST_MULTICAST_CONTROL),
         ]));
     }
 
@@ -264,6 +232,7 @@ impl<H: Hypervisor> Vif<H> {
             | Step::Offer(mine)
             | Step::Look(mine)
             | Step::Read(mine)
+            | Step::Reconfigure(mine)
             | Step::Write(mine)
                 if mine == job => {}
             _ => return false,
@@ -274,6 +243,11 @@ impl<H: Hypervisor> Vif<H> {
             (Step::Offer(_), Ok(_)) => self.offered(around),
             (Step::Look(_), Ok(Outcome::Values(values))) => self.looked(values, around),
             (Step::Read(_), Ok(Outcome::Values(values))) => self.asked(values, around),
+            (Step::Reconfigure(_), Ok(Outcome::Values(values))) => {
+                let value = values.first().and_then(Option::as_deref);
+                self.set_headroom(negotiate::headroom(value));
+                self.write_states(&[State::Reconfigured], None, around);
+            }
             (Step::Write(_), Ok(_)) | (Step::Idle, _) => {}
             (_, Err(Error::Disconnected)) => {
                 // The store is gone, the guest is not: packets go on. Look again when the store is back.
@@ -299,23 +273,17 @@ impl<H: Hypervisor> Vif<H> {
         let domain = value(2).and_then(parse_u32);
         let (Some(frontend), State::Initialising) = (frontend, State::parse(value(0))) else {
             // Not set up yet, or left over: only a fresh device is taken on.
-            self.gone = true;
+            self.forget(around);
             return;
         };
         if domain != Some(self.id.domain.0.into()) {
             log::error!("{}: frontend-id is not that of the directory", self.id);
-            self.gone = true;
+            self.forget(around);
             return;
         }
         self.frontend = frontend.to_string();
         self.mac = value(3).and_then(|mac| core::str::from_utf8(mac).ok()?.parse().ok());
-        self.rate = match value(4) {
-            None => RateLimit::UNLIMITED,
-            Some(rate) => RateLimit::parse(rate).unwrap_or_else(|| {
-                log::warn!("{}: rate is not BYTES,USECS; not limited", self.id);
-                RateLimit::UNLIMITED
-            }),
-        };
+        self.set_rate(value(4));
         let mut changes = negotiate::offer(&self.dir, self.max_queues);
         changes.push(self.state_change(State::InitWait));
         self.step = Step::Offer(around.client.commit(changes));
@@ -323,7 +291,8 @@ impl<H: Hypervisor> Vif<H> {
 
     fn offered(&mut self, around: &mut Around<'_, H>) {
         self.own = State::InitWait;
-        self.watch = Some(around.client.watch(format!("{}/state", self.frontend)));
+        // All of the directory: besides `state`, some keys count at any time.
+        self.watch = Some(around.client.watch(self.frontend.clone()));
         around.notices.push(Notice::Offered(self.id));
     }
 
@@ -332,6 +301,11 @@ impl<H: Hypervisor> Vif<H> {
         if value(1).is_none() {
             // Our own directory was taken away.
             self.own = State::Unknown;
+        }
+        self.set_rate(value(4));
+        if !self.queues.is_empty() {
+            self.filter.requested = negotiate::multicast_control(value(5));
+            self.features.set(Features::MULTICAST_CONTROL, self.filter.requested);
         }
         let peer = State::parse(value(0));
         let online = value(2).and_then(parse_u32) == Some(1);
@@ -356,8 +330,8 @@ impl<H: Hypervisor> Vif<H> {
                 self.step = Step::Read(around.client.read_many(paths));
             }
             Action::Reconfigure => {
-                // Nothing that a connected frontend could change is offered: agree, and go on as before.
-                self.write_states(&[State::Reconfigured], None, around);
+                let headroom = format!("{}/{}", self.frontend, keys::XDP_HEADROOM);
+                self.step = Step::Reconfigure(around.client.read_many([headroom]));
             }
             Action::Disconnect { then } => self.disconnect(After::states(then), around),
             Action::Fault { then } => {
@@ -385,6 +359,7 @@ impl<H: Hypervisor> Vif<H> {
                     queues: self.queues.len(),
                     features: self.features,
                 });
+                self.set_carrier(true, around.client);
                 self.write_states(&[State::Connected], None, around);
             }
             Err(refusal) => {
@@ -413,9 +388,15 @@ impl<H: Hypervisor> Vif<H> {
             binder: around.binder,
             domain: self.id.domain,
             rate: self.rate,
-            headroom: PageOffset::ZERO,
+            headroom: request.headroom,
             now: around.now,
         };
+        let count = u16::try_from(request.queues.len()).unwrap_or(u16::MAX);
+        let (hv, mapper, binder) = (around.hv, around.mapper, around.binder);
+        let control = request
+            .control
+            .map(|control| Control::connect(hv, mapper, binder, self.id.domain, control, count));
+        let control = control.transpose()?;
         let mut queues = Vec::with_capacity(request.queues.len());
         self.life = self.life.wrapping_add(1);
         self.lent = 0;
@@ -424,8 +405,44 @@ impl<H: Hypervisor> Vif<H> {
             queues.push(connector.connect(origin, request)?);
         }
         self.queues = queues;
+        self.control = control;
         self.features = request.features;
+        self.filter = Filter::new(request.multicast_control);
         Ok(())
+    }
+
+    /// Leaves so much room at the start of each page from now on.
+    fn set_headroom(&mut self, headroom: PageOffset) {
+        for queue in &mut self.queues {
+            queue.rx.set_headroom(headroom);
+        }
+        self.features.set(Features::XDP_HEADROOM, headroom != PageOffset::ZERO);
+    }
+
+    /// Takes `rate` as the toolstack has it now; queues that are connected obey at once.
+    fn set_rate(&mut self, value: Option<&[u8]>) {
+        let read = value.map_or(Some(RateLimit::UNLIMITED), RateLimit::parse);
+        let rate = read.unwrap_or(RateLimit::UNLIMITED);
+        if rate == self.rate {
+            return;
+        }
+        if read.is_none() {
+            log::warn!("{}: rate is not BYTES,USECS; not limited", self.id);
+        }
+        self.rate = rate;
+        for queue in &mut self.queues {
+            queue.set_rate(rate);
+        }
+    }
+
+    /// Tells the frontend whether packets reach it (`carrier`). Nothing is written where nothing changes, so that a vif
+    /// that never stalls has no such key, as with Linux.
+    pub(crate) fn set_carrier(&mut self, carrier: bool, client: &mut Client) {
+        if core::mem::replace(&mut self.carrier, carrier) != carrier {
+            let value = if carrier { "1" } else { "0" };
+            let path = format!("{}/{}", self.dir, keys::CARRIER);
+            client.commit([Change::Write { path, value: value.into() }]);
+        }
     }
 
     /// The data path found that the frontend cannot be gone on with (or the store, with `None`).
@@ -458,8 +475,9 @@ impl<H: Hypervisor> Vif<H> {
             None if self.queues.is_empty() => return self.follow(after, around),
             None => {
                 let queues = core::mem::take(&mut self.queues);
+                let control = self.control.take();
                 let until = around.now.after(DRAIN_CAP);
-                self.draining = Some(Draining { queues, until, after });
+                self.draining = Some(Draining { queues, control, until, after });
                 self.features = Features::empty();
                 self.step = Step::Drain;
             }
@@ -471,14 +489,18 @@ impl<H: Hypervisor> Vif<H> {
     /// something came back; does nothing if nothing is being disconnected.
     pub(crate) fn settle(&mut self, around: &mut Around<'_, H>) {
         let Some(draining) = &self.draining else { return };
-        if self.lent > 0 && around.now < draining.until {
+        let is_out = self.lent > 0 || draining.control.as_ref().is_some_and(Control::is_in_use);
+        if is_out && around.now < draining.until {
             return;
         }
         self.ended = self.counters();
-        let Some(Draining { queues, after, .. }) = self.draining.take() else { return };
+        let Some(Draining { queues, control, after, .. }) = self.draining.take() else { return };
+        let pages = control.as_ref().map_or(0, |control| 1 + control.static_pages());
         // Two rings a queue.
-        let mut ops = MapOps::new(queues.len() * 2);
-        around.mapper.unmap_batch(&mut ops, queues.into_iter().flat_map(Queue::disconnect));
+        let mut ops = MapOps::new(queues.len() * 2 + pages);
+        let control = control.into_iter().flat_map(Control::disconnect);
+        let mappings = queues.into_iter().flat_map(Queue::disconnect).chain(control);
+        around.mapper.unmap_batch(&mut ops, mappings);
         around.notices.push(Notice::Disconnected(self.id));
         self.step = Step::Idle;
         self.follow(after, around);
@@ -494,6 +516,7 @@ impl<H: Hypervisor> Vif<H> {
 
     /// Ends the vif, as soon as all that is connected is let go of; nothing is written.
     pub(crate) fn remove(&mut self, around: &mut Around<'_, H>) {
+        self.dirty = false;
         self.disconnect(After { remove: true, ..After::default() }, around);
     }
 
@@ -502,8 +525,19 @@ impl<H: Hypervisor> Vif<H> {
             around.client.unwatch(watch);
         }
         if !self.gone {
-            self.gone = true;
             around.notices.push(Notice::Removed(self.id));
+            self.forget(around);
+        }
+    }
+
+    /// Ends the vif, or starts another in its place if its directory has changed since it was last looked at: it may have
+    /// been made anew.
+    fn forget(&mut self, around: &mut Around<'_, H>) {
+        if self.dirty {
+            let (dir, life) = (core::mem::take(&mut self.dir), self.life);
+            *self = Self::new(self.id, self.port, life, dir, self.max_queues, around.client);
+        } else {
+            self.gone = true;
         }
     }
 

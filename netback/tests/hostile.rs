@@ -596,20 +596,3 @@ fn hostile_31_responses_that_nobody_takes() {
     machine.set_state(guest, "6");
     assert_clean(&mut machine, guest);
 }
-
-#[test]
-fn hostile_32_a_control_ring_that_was_not_offered() {
-    let mut machine = Machine::two();
-    let guest = machine.bare_guest();
-    let raw = Raw::new(&machine.guests[guest], 0);
-    let ctrl = machine.guests[guest].page(false);
-    ctrl.store_u32(layout::REQ_PROD, 5000, Ordering::SeqCst);
-    let mut keys = raw.keys();
-    keys.push(("ctrl-ring-ref", ctrl.gref().to_string()));
-    keys.push(("event-channel-ctrl", raw.channel.port().to_string()));
-    machine.offer(guest, &keys, "4");
-    assert!(machine.is_connected(guest));
-    assert_eq!(machine.sim.grant_users(machine.guests[guest].id, ctrl.gref()), 0);
-    machine.set_state(guest, "6");
-    assert_clean(&mut machine, guest);
-}

@@ -6,11 +6,11 @@ mod common;
 
 use std::collections::VecDeque;
 
-use common::{Nic, Rings, World};
+use common::{Rings, World};
 use grant::SharedMemory;
 use hypercall::{GrantRef, Handle};
+use netfront::Config;
 use netfront::device::NetDevice;
-use netfront::{Config, Frontend};
 use netif::offload::{Checksum, Gso};
 use netif::rx::RxPacket;
 use netif::slot::TxStatus;
@@ -24,16 +24,6 @@ use smoltcp::wire::{
     EthernetAddress, EthernetFrame, EthernetProtocol, IpAddress, IpCidr, Ipv4Packet, Ipv6Packet,
     TcpPacket, UdpPacket,
 };
-
-impl Nic for NetDevice<SimHv> {
-    const DRAINED: bool = false;
-    fn of(frontend: Frontend<SimHv>) -> Self {
-        Self::new(frontend)
-    }
-    fn frontend(&mut self) -> &mut Frontend<SimHv> {
-        self.frontend_mut()
-    }
-}
 
 /// The far end's device: a wire on which all checksums are whole.
 #[derive(Default)]

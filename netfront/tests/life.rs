@@ -159,7 +159,7 @@ fn hostile_60_suspended_resumed_and_removed_in_any_order() {
     let all = [Suspend, Resume, Cancel, Remove, Close];
     for number in 0..250 {
         let steps = [number / 2 % 5, number / 10 % 5, number / 50].map(|at| all[at]);
-        let (mut world, rings) = connected();
+        let (mut world, rings) = offered(Config { posted: 16, ..config() }, &[]);
         world.send(2);
         drop(rings);
         for step in steps {

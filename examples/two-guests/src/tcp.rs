@@ -1,5 +1,6 @@
 //! TCP streams of checksummed blocks, by smoltcp.
 
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use hypercall::Instant;
@@ -18,8 +19,10 @@ pub const BLOCK: usize = 16 * 1024;
 /// What a block begins with: its stream, its number, and the sum over all of it with zero in place of the sum.
 const HEADER: usize = 24;
 const SUM: usize = 16;
-/// Bytes of a socket's buffer, each way.
-const BUFFER: usize = 256 * 1024;
+/// Bytes of a socket's buffer, each way: as many as a window can say without a scale. A scaled window is rounded down, and so its
+/// right edge moves back at times; smoltcp 0.14 then drops bytes that it had room for, and loses the fast retransmission that
+/// is to mend it if the device has no room at that moment. The stream stands still.
+const BUFFER: usize = 65_535;
 /// The first port that streams are served at.
 const PORT: u16 = 5000;
 
@@ -209,6 +212,26 @@ impl Tcp {
             }
         }
         sum
+    }
+}
+
+impl fmt::Debug for Tcp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let socket = |handle| self.sockets.get::<tcp::Socket<'_>>(handle);
+        for Serving { id, socket: handle, blocks, at, .. } in &self.serving {
+            let (state, queue) = (socket(*handle).state(), socket(*handle).send_queue());
+            write!(
+                f,
+                "serves {}: {state}, {blocks} blocks and {at} bytes, {queue} unsent; ",
+                id.0
+            )?;
+        }
+        for Pulling { id, socket: handle, blocks, corrupt, .. } in &self.pulling {
+            let (state, queue) = (socket(*handle).state(), socket(*handle).recv_queue());
+            let good = blocks.unique();
+            write!(f, "pulls {}: {state}, {good} blocks, {corrupt} bad, {queue} unread; ", id.0)?;
+        }
+        Ok(())
     }
 }
 

@@ -49,6 +49,17 @@ impl Nic for Frontend<SimHv> {
     }
 }
 
+#[cfg(feature = "smoltcp")]
+impl Nic for netfront::device::NetDevice<SimHv> {
+    const DRAINED: bool = false;
+    fn of(frontend: Frontend<SimHv>) -> Self {
+        Self::new(frontend)
+    }
+    fn frontend(&mut self) -> &mut Frontend<SimHv> {
+        self.frontend_mut()
+    }
+}
+
 /// The interface beside it.
 struct Neighbour {
     nic: Frontend<SimHv>,

@@ -9,6 +9,7 @@
 )]
 
 mod backend;
+mod control;
 mod ctrl_ring;
 mod frontend;
 mod input;
@@ -33,6 +34,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tx-chain", run: tx_chain::run },
     Target { name: "rx-chain", run: rx_chain::run },
     Target { name: "ctrl-ring", run: ctrl_ring::run },
+    Target { name: "control", run: control::run },
     Target { name: "store-client", run: store_client::run },
     Target { name: "store-server", run: store_server::run },
     Target { name: "backend", run: backend::run },

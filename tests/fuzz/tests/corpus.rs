@@ -40,6 +40,7 @@ targets! {
     tx_chain = "tx-chain",
     rx_chain = "rx-chain",
     ctrl_ring = "ctrl-ring",
+    control = "control",
     store_client = "store-client",
     store_server = "store-server",
     backend = "backend",

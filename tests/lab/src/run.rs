@@ -156,7 +156,7 @@ impl Run {
 
     /// Reads dom0's counters over the network from a guest, and keeps them as metrics-LABEL.txt.
     pub fn metrics(&self, domain: usize, label: &str) -> Result<Metrics> {
-        let answer = self.good(domain, "met", 20)?;
+        let answer = self.good(domain, "met", 60)?;
         let metrics = Metrics::parse(answer.lines.iter().map(String::as_str))?;
         fs::write(self.dir.join(format!("metrics-{label}.txt")), metrics.text())?;
         Ok(metrics)
@@ -220,7 +220,7 @@ impl Run {
         let source = Source::Dom(domain);
         let mark = self.machine.console.mark(source);
         let begun = format!("L {id} begin");
-        for _ in 0..4 {
+        for _ in 0..8 {
             self.machine.console.type_line(domain, &format!("@{id} {step}."))?;
             let answer = self.machine.console.wait(source, mark, Duration::from_secs(4), |l| {
                 l.text.ends_with(&begun).then_some(())

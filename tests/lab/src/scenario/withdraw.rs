@@ -68,10 +68,13 @@ fn under_traffic(run: &mut Run) {
     let ways = [Way { from: 1, to: 2 }, Way { from: 2, to: 1 }];
     let before: Result<Vec<_>> = ways.iter().map(|way| steady(run, *way, "before")).collect();
     let mark = run.machine.console.mark(Source::Dom(0));
+    let switches = used(run).map(|used| used.switches);
     let mut missing = 0.0;
     for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
         missing += half(run, flag, way);
     }
+    let made = switches.and_then(|before| switched(run, before));
+    run.check("every change is counted", Source::Dom(0), made);
     let made = untroubled(&run.machine, mark);
     run.check("no vif is closed or complains", Source::Dom(0), made);
     match before.and_then(|before| books(run, &before)) {
@@ -142,17 +145,26 @@ fn half(run: &mut Run, flag: &str, way: &str) -> f64 {
 
 /// The stream, a file over and over against it, a pattern to dom0, and datagrams with numbers.
 fn begin(run: &Run, flag: &str) -> Result<()> {
-    run.good(2, "urecv 9000 10", 20)?;
-    run.good(1, "bg datagrams usend 4:12 9000 1400 1000000 0.005", 20)?;
-    run.good(1, "bg pour pour", 20)?;
-    run.good(1, "bg files files 4:12", 20)?;
-    run.good(1, &format!("bg flow flow 4:12{flag}"), 20)?;
+    run.good(2, "urecv 9000 10", 60)?;
+    run.good(1, "bg datagrams usend 4:12 9000 1400 1000000 0.005", 60)?;
+    run.good(1, "bg pour pour", 60)?;
+    run.good(1, "bg files files 4:12", 60)?;
+    run.good(1, &format!("bg flow flow 4:12{flag}"), 60)?;
     let (start, limit) = (used(run)?, Duration::from_secs(30));
     wait_for(run, limit, "the stream to run by Direct", |now| start.grew(now, DIRECT))
 }
 
-/// One time: each state lasts a while, and what was carried in it is looked at.
+/// One time; however it ends, everything is given back.
 fn round(run: &Run) -> Result<String> {
+    let made = go_and_return(run);
+    if made.is_err() {
+        let _ = set(run, "");
+    }
+    made
+}
+
+/// Each state lasts a while, and what was carried in it is looked at.
+fn go_and_return(run: &Run) -> Result<String> {
     let mut text = Vec::new();
     for (value, gone, bulk) in [("map", &[MAP][..], DIRECT), ("map direct", &[MAP, DIRECT], COPY)] {
         set(run, value)?;
@@ -161,19 +173,20 @@ fn round(run: &Run) -> Result<String> {
         std::thread::sleep(DWELL);
         let after = used(run)?;
         for path in gone {
-            let more = before.more(&after, path);
-            ensure!(more.packets == 0.0, "{} packets by {path}, which is withdrawn", more.packets);
+            let more = before.more(&after, path).packets;
+            ensure!(more == 0.0, "{more} packets by {path}, which is withdrawn");
         }
+        ensure!(after.mapped == 0.0, "{} pages are still mapped", after.mapped);
         let (direct, copy) = (before.more(&after, DIRECT), before.more(&after, COPY));
         let most = if direct.bytes > copy.bytes { DIRECT } else { COPY };
         ensure!(
             most == bulk,
-            "without {value}, {} bytes by direct and {} by copy",
+            "without {value}, guests were given {} bytes by direct and {} by copy",
             direct.bytes,
             copy.bytes
         );
-        let carried = before.more(&after, bulk);
-        text.push(format!("without {value}: {} packets by {bulk}", carried.packets));
+        let packets = before.more(&after, bulk).packets;
+        text.push(format!("without {value} {packets} packets by {bulk}"));
     }
     let start = used(run)?;
     set(run, "")?;
@@ -195,23 +208,39 @@ struct Carried {
     bytes: f64,
 }
 
-/// What each datapath has carried from the guests, all vifs together.
-struct Used(Vec<(String, Carried)>);
+/// What each datapath has carried, all vifs together: to guests, or, for what goes to dom0, from guests.
+struct Used {
+    paths: Vec<(String, Carried)>,
+    /// Pages of guests' packets that are mapped.
+    mapped: f64,
+    /// Times that the datapaths in use changed.
+    switches: f64,
+}
 
 impl Used {
-    /// Reads dom0's table of vifs: lines of vif, direction, datapath, packets, bytes, and more.
-    fn parse(lines: &[String]) -> Self {
-        let rows = lines.iter().filter_map(|line| {
+    /// Reads dom0's tables of vifs.
+    fn parse(lines: &[String]) -> Option<Self> {
+        let (mut paths, mut mapped, mut switches) = (Vec::new(), 0.0, None);
+        for line in lines {
             let words: Vec<_> = line.split_whitespace().collect();
-            let [_, "tx", path, packets, bytes, ..] = *words else { return None };
-            let carried = Carried { packets: packets.parse().ok()?, bytes: bytes.parse().ok()? };
-            Some((path.to_owned(), carried))
-        });
-        Self(rows.collect())
+            let number = |at: usize| words.get(at)?.parse::<f64>().ok();
+            match *words {
+                [_, way @ ("tx" | "rx"), path, ..] => {
+                    mapped += number(7)? - number(8)?;
+                    if (way == "tx") == (path == MAP) {
+                        let carried = Carried { packets: number(3)?, bytes: number(4)? };
+                        paths.push((path.to_owned(), carried));
+                    }
+                }
+                ["in", "use:", .., "changed", count, "times"] => switches = count.parse().ok(),
+                _ => {}
+            }
+        }
+        Some(Self { paths, mapped, switches: switches? })
     }
 
     fn of(&self, path: &str) -> Carried {
-        let own = self.0.iter().filter(|(name, _)| name == path).map(|(_, carried)| carried);
+        let own = self.paths.iter().filter(|(name, _)| name == path).map(|(_, carried)| carried);
         own.fold(Carried::default(), |sum, one| Carried {
             packets: sum.packets + one.packets,
             bytes: sum.bytes + one.bytes,
@@ -230,9 +259,7 @@ impl Used {
 
 fn used(run: &Run) -> Result<Used> {
     let lines = run.operate("vifs")?;
-    let used = Used::parse(&lines);
-    ensure!(!used.0.is_empty(), "dom0's vifs say nothing of datapaths: {}", lines.join("; "));
-    Ok(used)
+    Used::parse(&lines).with_context(|| format!("dom0's table is odd: {}", lines.join("; ")))
 }
 
 fn wait_for(
@@ -285,6 +312,14 @@ fn datagrams(run: &Run) -> Result<(f64, String)> {
     Ok((sent.number("sent")? - arrived, text))
 }
 
+/// Map went, Direct went, and both returned, each time.
+fn switched(run: &Run, before: f64) -> Result<String> {
+    let count = used(run)?.switches - before;
+    let least = 3 * ROUNDS;
+    ensure!(count >= least as f64, "{count} of at least {least}");
+    Ok(format!("{count} in {ROUNDS} rounds"))
+}
+
 /// Nothing was logged of vifs that end, nor any error or warning.
 fn untroubled(machine: &Machine, mark: usize) -> Result<String> {
     let lines = machine.console.since(Source::Dom(0), mark);
@@ -307,18 +342,21 @@ mod tests {
     #[test]
     fn the_table_of_vifs_is_summed_by_datapath() {
         let lines = [
-            "vif      state         queues  features",
-            "1.0      Connected          1  sg,split",
-            "vif      way  datapath  packets  bytes  hypercalls",
-            "1.0      tx   direct    10       20000  3",
-            "1.0      rx   direct    99       99     9",
-            "1.0      tx   copy      1        60     1",
-            "2.0      tx   direct    5        300    2",
-        ];
-        let used = Used::parse(&lines.map(str::to_owned));
-        let (direct, map) = (used.of(DIRECT), used.of(MAP));
-        assert_eq!((direct.packets, direct.bytes), (15.0, 20_300.0));
-        assert_eq!((map.packets, map.bytes), (0.0, 0.0));
-        assert!(Used::parse(&[]).grew(&used, COPY));
+            "vif      state        queues  tx drops  rx drops  features",
+            "1.0      Connected         1         0         0  sg,split",
+            "vif      way datapath        packets          bytes hypercalls     copies     maps   unmaps",
+            "1.0      tx  direct               99             99          3         30        0        0",
+            "1.0      rx  direct               10          20000          3         30        0        0",
+            "1.0      tx  map                   4           9000          2          0        7        5",
+            "2.0      rx  direct                5            300          2         10        0        0",
+            "2.0      rx  copy                  1             60          1          1        0        0",
+            "in use: copy direct map static; changed 6 times",
+        ]
+        .map(str::to_owned);
+        let used = Used::parse(&lines).unwrap();
+        let carried = [DIRECT, MAP, COPY].map(|path| used.of(path)).map(|c| (c.packets, c.bytes));
+        assert_eq!(carried, [(15.0, 20_300.0), (4.0, 9000.0), (1.0, 60.0)]);
+        assert_eq!((used.mapped, used.switches), (2.0, 6.0));
+        assert!(Used::parse(&[]).is_none());
     }
 }
