@@ -34,7 +34,8 @@ enum Source {
 }
 
 impl Source {
-    fn of(path: Datapath, board: Board) -> Vec<Self> {
+    /// Why `path` may go and leave `other`.
+    fn of(path: Datapath, other: Datapath, board: Board) -> Vec<Self> {
         let (translated, identity) =
             (XenFeatures::AUTO_TRANSLATED_PHYSMAP, XenFeatures::GRANT_MAP_IDENTITY);
         let moved = XenFeatures::DIRECT_MAPPED | XenFeatures::NOT_DIRECT_MAPPED;
@@ -47,7 +48,9 @@ impl Source {
             }
             Datapath::Map | Datapath::Static => {}
         }
-        all.extend([Self::Bit(translated), Self::Xen(translated)]);
+        if matches!(other, Datapath::Copy | Datapath::Direct) {
+            all.extend([Self::Bit(translated), Self::Xen(translated)]);
+        }
         all
     }
 }
@@ -101,10 +104,12 @@ impl Flips {
             ..Policy::default()
         };
         let mut world = World::new(config);
-        for queues in [1, 2] {
+        // The second has pages for two of the largest packets, or several small ones.
+        for (queues, posted) in [(2, 256), (1, 40)] {
             let frontend = netfront::Config {
                 first_index,
                 queues,
+                posted,
                 static_grants: has(Datapath::Static),
                 ..netfront::Config::new(Handle(0))
             };
@@ -157,10 +162,12 @@ impl Flips {
             self.world.sim.set_cache_flush(self.domain, self.board == Board::Arm);
             return self.set(Withdrawal::default(), self.bits, true);
         }
-        let sources = Source::of(leaves, self.board);
+        let sources = Source::of(leaves, self.pair[self.there], self.board);
         self.source =
             if updates { Source::Update } else { sources[self.random.below(sources.len())] };
         self.withdraw(leaves);
+        let held = self.random.once_in(4);
+        self.world.uplink_mut().hold(held);
         if leaves.is_map() && self.random.once_in(8) {
             // When it is back, Xen refuses once.
             let fault = Fault::Status(GrantStatus::NO_SPACE);
@@ -206,6 +213,7 @@ impl Flips {
             return;
         }
         self.flip();
+        self.world.uplink_mut().hold(false);
         let since = self.world.now;
         while self.lent() > 0 {
             assert!(self.world.now.since(since) < SECOND, "{} pages", self.lent());
@@ -230,6 +238,7 @@ impl Flips {
 
     /// Everything arrives, and nothing is held by anybody any more.
     fn end(mut self) -> Tally {
+        self.world.uplink_mut().hold(false);
         let tally = self.world.finish();
         assert!(tally.is_clean(), "{tally}\n{}", self.world.drops());
         assert_eq!(tally.excused, 0);
@@ -297,9 +306,9 @@ pub fn run(plan: Plan) -> Tally {
         let packets = flips.carried(path).packets;
         assert!(packets > plan.flips as u64 / 4, "{packets} of {all} packets by {path}");
     }
-    let unused = Datapath::ALL.into_iter().filter(|path| {
-        *path != Datapath::Copy && !plan.pair.contains(path)
-    });
+    let unused = Datapath::ALL
+        .into_iter()
+        .filter(|path| *path != Datapath::Copy && !plan.pair.contains(path));
     for path in unused {
         assert_eq!(flips.carried(path).packets, 0, "{path}");
     }
