@@ -1,7 +1,7 @@
 //! The control ring's end in the backend (io/netif.h): the frontend sets how its packets are steered to queues, and has
 //! pages of its own kept mapped.
 //!
-//! What a frontend can make us do by it is bounded: per poll by [`REQUESTS`] and [`ENTRIES`], in all by the sizes of the
+//! What a frontend can make us do by it is bounded: per poll by `REQUESTS` and `ENTRIES`, in all by the sizes of the
 //! tables, which are fixed.
 
 mod statics;

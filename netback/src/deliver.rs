@@ -1,6 +1,6 @@
 //! Making a packet fit for where it goes: what a frontend cannot do for itself is done for it.
 
-use hypercall::{Hypervisor, Instant, PAGE_SIZE};
+use hypercall::{Hypervisor, Instant};
 use netif::keys::Features;
 use netif::offload::{Checksum, Gso, IpVersion};
 
@@ -23,25 +23,41 @@ pub(crate) enum Fit {
     NoBuffer,
 }
 
-/// Hands a packet on in a form that a frontend with `features` takes.
+/// What a frontend takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Taker {
+    /// What it has agreed to.
+    pub(crate) features: Features,
+    /// Bytes in a page of its, behind what it wants left free.
+    pub(crate) room: usize,
+}
+
+impl Taker {
+    /// Whether a packet of so many bytes is not too large for it.
+    fn holds(self, len: usize) -> bool {
+        len <= self.room || self.features.contains(Features::SG)
+    }
+}
+
+/// Hands a packet on in a form that a frontend takes.
 pub(crate) fn fit<H: Hypervisor>(
     mut packet: Packet<H>,
-    features: Features,
+    to: Taker,
     pools: &Pools<H>,
     now: Instant,
     mut enqueue: impl FnMut(Packet<H>),
 ) -> Fit {
     if let Some(gso) = packet.gso {
-        if features.contains(gso_feature(gso) | Features::SG) {
+        if to.features.contains(gso_feature(gso) | Features::SG) {
             enqueue(packet);
             return Fit::Done;
         }
-        return cut(&packet, gso, features, pools, now, enqueue);
+        return cut(&packet, gso, to, pools, now, enqueue);
     }
-    if packet.len() > PAGE_SIZE && !features.contains(Features::SG) {
+    if !to.holds(packet.len()) {
         return Fit::TooBig;
     }
-    if packet.checksum == Checksum::Blank && !takes_blank(packet.bytes(), features) {
+    if packet.checksum == Checksum::Blank && !takes_blank(packet.bytes(), to.features) {
         // One that cannot be found is left as it is, for the receiver to judge.
         if checksum::complete(packet.bytes_mut()) {
             packet.checksum = Checksum::Validated;
@@ -52,12 +68,12 @@ pub(crate) fn fit<H: Hypervisor>(
 }
 
 /// Whether [`fit`] would hand the packet on in one piece and unchanged; its headers are enough to tell.
-pub(crate) fn takes_as_is<H: Hypervisor>(packet: &Packet<H>, features: Features) -> bool {
+pub(crate) fn takes_as_is<H: Hypervisor>(packet: &Packet<H>, to: Taker) -> bool {
     if let Some(gso) = packet.gso {
-        return features.contains(gso_feature(gso) | Features::SG);
+        return to.features.contains(gso_feature(gso) | Features::SG);
     }
-    let fits = packet.len() <= PAGE_SIZE || features.contains(Features::SG);
-    fits && (packet.checksum != Checksum::Blank || takes_blank(packet.bytes(), features))
+    let sums = packet.checksum != Checksum::Blank || takes_blank(packet.bytes(), to.features);
+    sums && to.holds(packet.len())
 }
 
 const fn gso_feature(gso: Gso) -> Features {
@@ -78,7 +94,7 @@ fn takes_blank(frame: &[u8], features: Features) -> bool {
 fn cut<H: Hypervisor>(
     packet: &Packet<H>,
     gso: Gso,
-    features: Features,
+    to: Taker,
     pools: &Pools<H>,
     now: Instant,
     mut enqueue: impl FnMut(Packet<H>),
@@ -86,10 +102,10 @@ fn cut<H: Hypervisor>(
     let Some(segments) = segment::segments(packet.bytes(), gso.size.get()) else {
         return Fit::TooBig;
     };
-    if segments.count() > MAX_SEGMENTS || segments.max_len() > PAGE_SIZE {
+    if segments.count() > MAX_SEGMENTS || !to.holds(segments.max_len()) {
         return Fit::TooBig;
     }
-    let (fill, checksum) = if takes_blank(packet.bytes(), features) {
+    let (fill, checksum) = if takes_blank(packet.bytes(), to.features) {
         (Fill::Blank, Checksum::Blank)
     } else {
         (Fill::Complete, Checksum::Validated)

@@ -164,7 +164,11 @@ impl<H: Hypervisor> Queue<H> {
             return Ok(());
         }
         self.again = None;
-        match self.tx.gather(take, statics, filter, &mut self.budget)? {
+        let budget = self.budget;
+        let wait = self.tx.gather(take, statics, filter, &mut self.budget)?;
+        // A packet that is mapped is answered long after the event that announced it.
+        self.worked.tx |= self.budget != budget;
+        match wait {
             TxWait::Guest => self.tx_ready = false,
             TxWait::Until(until) => {
                 self.tx_ready = false;

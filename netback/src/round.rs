@@ -14,7 +14,7 @@ use xenbus::client::Client;
 use crate::backend::{Backend, LOCAL_PACKETS, TICK, port_of, vif_at};
 use crate::ctrl::Control;
 use crate::datapath::{Datapath, Fallback, Target, choose, possible};
-use crate::deliver::{Fit, fit, takes_as_is};
+use crate::deliver::{Fit, Taker, fit, takes_as_is};
 use crate::fault::VifFault;
 use crate::lent::{Open, Pages, Returned};
 use crate::packet::{Packet, Rest};
@@ -343,7 +343,8 @@ impl<H: Hypervisor> Backend<H> {
         };
         let promised = queue.rx.promise(packet);
         vif.found = vif.found.or(promised.err());
-        Target::Guest { ready: promised == Ok(true), as_is: takes_as_is(packet, features) }
+        let taker = Taker { features, room: queue.rx.room() };
+        Target::Guest { ready: promised == Ok(true), as_is: takes_as_is(packet, taker) }
     }
 
     /// Maps what is to be mapped, in one hypercall. What cannot be is copied instead.
@@ -558,11 +559,12 @@ impl<H: Hypervisor> Backend<H> {
         if !packet.is_whole() {
             return queue.rx.enqueue(packet, usize::MAX);
         }
+        let taker = Taker { features, room: queue.rx.room() };
         let enqueue = |packet| {
             let free = pools.free_like(&packet);
             queue.rx.enqueue(packet, free);
         };
-        match fit(packet, features, pools, now, enqueue) {
+        match fit(packet, taker, pools, now, enqueue) {
             Fit::Done => {}
             Fit::TooBig => vif.ended.rx_drops.too_big += 1,
             Fit::NoBuffer => vif.ended.rx_drops.no_buffer += 1,

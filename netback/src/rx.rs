@@ -4,7 +4,7 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
 use grant::{CopyBatch, CopyRange, CopyResults, Mapping, PeerSpan, SharedMemory};
-use hypercall::{DomId, Errno, GrantRef, Hypervisor, Instant, PageOffset};
+use hypercall::{DomId, Errno, GrantRef, Hypervisor, Instant, PAGE_SIZE, PageOffset};
 use netif::ring::{Notify, RxBackRing};
 use netif::rx::{RxPacket, failed};
 use netif::slot::RxRequest;
@@ -88,6 +88,11 @@ impl<H: Hypervisor> RxQueue<H> {
         self.headroom = headroom;
     }
 
+    /// Bytes that one page of the guest's takes.
+    pub(crate) fn room(&self) -> usize {
+        self.headroom.room()
+    }
+
     fn shape(&self, packet: &Packet<H>) -> RxPacket {
         RxPacket {
             len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
@@ -167,9 +172,9 @@ impl<H: Hypervisor> RxQueue<H> {
                 self.drops.too_big += u64::from(self.dequeue().is_some());
                 continue;
             }
-            // Our buffers begin at a page boundary; without headroom, as are the guest's: a copy per slot.
+            // Each slot begins a copy, and so does each page of our buffer.
             let copies = match open {
-                None => slots + 16,
+                None => slots + front.len().div_ceil(PAGE_SIZE),
                 Some(open) => slots + open.chain.slots.len() + 1,
             };
             if self.batch.len() >= BATCH || copies > *room {

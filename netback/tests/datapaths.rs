@@ -19,7 +19,8 @@ const LARGE: usize = 20_000;
 fn machine() -> Machine {
     let mut machine = Machine::new();
     for guest in 0..2 {
-        machine.guest(Config::new(hypercall::Handle(0)));
+        // Static pages would go before all else.
+        machine.guest(Config { static_grants: false, ..Config::new(hypercall::Handle(0)) });
         let hello = frame(BROADCAST, machine.guests[guest].mac(), 60, 0);
         machine.guests[guest].send(&hello);
         machine.settle();

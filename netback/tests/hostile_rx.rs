@@ -10,9 +10,9 @@ use std::sync::atomic::Ordering;
 use common::raw::Raw;
 use common::{Machine, SECOND, frame};
 use grant::SharedMemory;
-use hypercall::{DomId, Errno, GrantRef, GrantStatus};
+use hypercall::{DomId, Errno, GrantRef, GrantStatus, Handle};
 use netback::{Notice, Refusal, VifFault};
-use netfront::Meta;
+use netfront::{Config, Meta};
 use netif::offload::{Checksum, Gso, IpVersion};
 use netif::ring::{RingFault, layout};
 use netif::rx::failed;
@@ -24,8 +24,10 @@ use xenbus::device::State;
 fn machine() -> (Machine, usize, Raw) {
     let small_buffers = NonZeroUsize::new(2048).unwrap();
     let mut machine = Machine::with(netback::Config { small_buffers, ..common::config() });
-    machine.plain_guest();
-    machine.plain_guest();
+    // What guests send is copied, so that it is known which copy is which.
+    let config = Config { static_grants: false, ..Config::new(Handle(0)) };
+    machine.guest(config);
+    machine.guest(config);
     machine.assert_carries(0, 1);
     let (guest, mut raw) = machine.raw();
     // Known to the switch.

@@ -80,6 +80,22 @@ fn headroom_from_the_start() {
     machine.assert_let_go(guest);
 }
 
+#[test]
+fn headroom_makes_the_page_smaller_for_a_guest_that_takes_one_page() {
+    let mut machine = Machine::two();
+    let guest = machine.bare_guest();
+    let mut raw = Raw::new(&machine.guests[guest], 0);
+    let mut keys = raw.keys();
+    keys.retain(|(key, _)| *key != "feature-sg");
+    keys.push(("xdp-headroom", "256".into()));
+    machine.offer(guest, &keys, "4");
+    assert_arrives(&mut machine, guest, &mut raw, 3840, 2, 256);
+    let sent = frame(machine.guests[guest].mac(), machine.guests[0].mac(), 3841, 3);
+    machine.guests[0].frontend().send(0, &sent, Meta::default()).unwrap();
+    machine.settle();
+    assert_eq!(machine.status(guest).unwrap().counters.rx_drops.too_big, 1);
+}
+
 /// Linux's netfront: xdp-headroom, 7; on 8, 4. No packet is lost, no ring is touched.
 #[test]
 fn headroom_comes_and_goes_while_connected() {

@@ -181,6 +181,16 @@ impl Guest {
         self.nic.frontend().is_connected()
     }
 
+    /// Ends its connection, and stays so until [`open`](Self::open).
+    pub fn close(&mut self, now: Instant) {
+        self.nic.frontend_mut().close(&mut self.client, now);
+    }
+
+    /// Wants a connection again.
+    pub fn open(&mut self) {
+        self.nic.frontend_mut().open(&mut self.client);
+    }
+
     /// Its virtual CPU runs once. Answers whether it found anything to do.
     pub(crate) fn turn(&mut self, server: &mut Server, now: Instant) -> bool {
         let mut some = converse(server, self.conn, &mut self.client);

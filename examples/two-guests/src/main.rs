@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
-use two_guests::{Config, GuestConfig, Meter, Place, Sizes, Tally, World};
+use two_guests::{Config, GuestConfig, Meter, Place, SECOND, Sizes, Tally, Tcp, World};
 
 use args::Args;
 use record::{INTERVAL, Record, Sample, per};
@@ -27,6 +27,8 @@ use table::Table;
 const GUESTS: usize = 2;
 /// Frames of a flow on their way at once.
 const WINDOW: u64 = 16;
+/// Nanoseconds that a round takes while no clock runs: before the start and after the end.
+const TICK: u64 = 1_000_000;
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
@@ -40,7 +42,8 @@ fn main() -> ExitCode {
 
 /// Two guests and the outside, each of which has streams and numbered frames from both others.
 fn machine(args: &Args) -> Result<World> {
-    let mut world = World::new(Config { seed: args.seed, ..Config::default() }.on(args.board));
+    let mut world =
+        World::new(Config { seed: args.seed, tick: TICK, ..Config::default() }.on(args.board));
     for _ in 0..GUESTS {
         let guest = world.add_guest(GuestConfig::default());
         guest.map_err(|error| anyhow::anyhow!("no guest could be made: {error}"))?;
@@ -53,6 +56,12 @@ fn machine(args: &Args) -> Result<World> {
             world.stream(from, to);
         }
     }
+    // Addresses are resolved and connections made before the clock starts.
+    let begun = |world: &World| {
+        let hosts = world.guests().map(|guest| &guest.host).chain([world.outside()]);
+        hosts.filter_map(|host| host.tcp.as_ref()).all(Tcp::has_begun)
+    };
+    world.run_until(10 * SECOND, begun).context("the streams do not begin")?;
     if let (Some(misdeed), Some(guest)) = (args.sabotage, world.guest_mut(0)) {
         guest.host.sabotage(misdeed, args.seed);
     }

@@ -164,6 +164,12 @@ impl Tcp {
         self.pulling.iter().all(|stream| stream.ended)
     }
 
+    /// Whether something has come of all that this host pulls.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        self.pulling.iter().all(|stream| stream.bytes > 0)
+    }
+
     /// Bytes of whole, good blocks that this host has pulled.
     #[must_use]
     pub fn bytes(&self) -> u64 {

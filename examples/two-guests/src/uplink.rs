@@ -71,8 +71,8 @@ impl Misrule {
     fn rule(self, bits: XenFeatures) -> Option<DmaRule> {
         let (direct, other) = (XenFeatures::DIRECT_MAPPED, XenFeatures::NOT_DIRECT_MAPPED);
         let bits = match self {
-            Self::MappedAddress => bits - direct | other,
-            Self::MachineAddress => bits - other | direct,
+            Self::MappedAddress => (bits - direct) | other,
+            Self::MachineAddress => (bits - other) | direct,
             Self::NoCleaning | Self::CleaningElsewhere => bits,
         };
         let arch = match self {

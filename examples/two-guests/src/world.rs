@@ -107,6 +107,8 @@ pub struct World {
     order: Vec<Actor>,
     /// Turns in a row in which nothing happened, by distinct actors.
     idle: Vec<Actor>,
+    /// Who gets no turn until further notice.
+    frozen: Vec<Actor>,
     /// Turns so far.
     steps: u64,
 }
@@ -149,6 +151,7 @@ impl World {
             random,
             order: Vec::new(),
             idle: Vec::new(),
+            frozen: Vec::new(),
             steps: 0,
         };
         world.start_backend();
@@ -245,7 +248,21 @@ impl World {
         self.steps
     }
 
+    /// Somebody gets no turn any more, be it that it hangs or that it is about to die, until [`thaw`](Self::thaw).
+    pub fn freeze(&mut self, actor: Actor) {
+        self.frozen.push(actor);
+    }
+
+    /// Somebody gets turns again, or whoever comes in its place.
+    pub fn thaw(&mut self, actor: Actor) {
+        self.frozen.retain(|frozen| *frozen != actor);
+        self.idle.clear();
+    }
+
     fn is_alive(&self, actor: Actor) -> bool {
+        if self.frozen.contains(&actor) {
+            return false;
+        }
         match actor {
             Actor::Toolstack | Actor::Outside => true,
             Actor::Backend => self.backend.is_some(),
@@ -304,9 +321,13 @@ impl World {
 
     fn next_deadline(&mut self) -> Option<Instant> {
         let now = self.now;
-        let backend = self.backend.as_ref().map(|domain| domain.backend.deadline(now));
+        let frozen = &self.frozen;
+        let backend = self.backend.as_ref().filter(|_| !frozen.contains(&Actor::Backend));
+        let backend = backend.map(|domain| domain.backend.deadline(now));
         let outside = self.outside.deadline(now);
-        let guests = self.guests.iter_mut().flatten().filter_map(|guest| guest.deadline(now));
+        let guests = (0..).zip(&mut self.guests);
+        let guests = guests.filter(|(index, _)| !frozen.contains(&Actor::Guest(*index)));
+        let guests = guests.filter_map(|(_, guest)| guest.as_mut()?.deadline(now));
         guests.chain(backend).chain(outside).min()
     }
 

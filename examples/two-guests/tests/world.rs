@@ -181,17 +181,25 @@ fn a_driver_domain_that_dies_is_replaced() {
     }
 }
 
-/// Heavy tests make tens of thousands of machines.
+/// Heavy tests make tens of thousands of machines. Time is for people to read: what takes it is counted.
 #[test]
 fn a_machine_is_cheap() {
-    let start = Instant::now();
     let mut best = u128::MAX;
     for seed in 0..20 {
         let start = Instant::now();
         let mut world = frames(Config::small(seed));
+        let pages: usize = world.ledger().entries().map(|(_, item)| pages(item)).sum();
         world.connect().unwrap();
         best = best.min(start.elapsed().as_micros());
+        assert!(pages < 1000, "{pages} pages");
+        assert!(world.steps() < 1000, "{} turns", world.steps());
     }
-    println!("made and connected in {best} µs at best, {:?} for 20", start.elapsed());
-    assert!(best < 20_000, "{best} µs");
+    println!("made and connected in {best} µs at best");
+}
+
+fn pages(item: sim::Item) -> usize {
+    match item {
+        sim::Item::Pages { count, .. } => count.get(),
+        _ => 0,
+    }
 }

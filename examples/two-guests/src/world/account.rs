@@ -27,6 +27,10 @@ impl World {
             }
             text += &format!("switch: {:?}\n", domain.backend.switch_counters());
         }
+        let hosts = self.guests().map(|guest| &guest.host).chain([&self.outside]);
+        for tcp in hosts.filter_map(|host| host.tcp.as_ref()) {
+            text += &format!("{tcp:?}\n");
+        }
         for guest in self.guests() {
             text += &format!("guest {}: {:?}\n", guest.id(), guest.nic.frontend().counters());
         }

@@ -9,6 +9,7 @@ use super::udp::{Books, Change, Way};
 use super::{dom0, store, traffic};
 use crate::console::Source;
 use crate::machine::Machine;
+use crate::metrics::Metrics;
 use crate::run::{Run, Tally};
 
 /// The operator's key, below dom0's own directory.
@@ -19,6 +20,8 @@ const ROUNDS: usize = 10;
 const DRAIN: Duration = Duration::from_millis(500);
 /// How long a state lasts, at least.
 const DWELL: Duration = Duration::from_millis(1000);
+/// Events that may turn out to announce nothing: guests that only work send hardly any.
+const QUIET: f64 = 20.0;
 /// A datapath that is given back is in use again after this, at most.
 const RETURN: Duration = Duration::from_secs(15);
 
@@ -68,6 +71,7 @@ fn under_traffic(run: &mut Run) {
     let ways = [Way { from: 1, to: 2 }, Way { from: 2, to: 1 }];
     let before: Result<Vec<_>> = ways.iter().map(|way| steady(run, *way, "before")).collect();
     let mark = run.machine.console.mark(Source::Dom(0));
+    let drops = run.metrics(2, "drops-before");
     let switches = used(run).map(|used| used.switches);
     let mut missing = 0.0;
     for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
@@ -77,6 +81,8 @@ fn under_traffic(run: &mut Run) {
     run.check("every change is counted", Source::Dom(0), made);
     let made = untroubled(&run.machine, mark);
     run.check("no vif is closed or complains", Source::Dom(0), made);
+    let made = drops.and_then(|before| no_drops(run, &before));
+    run.check("dom0 drops only what a full queue has no room for", Source::Dom(0), made);
     match before.and_then(|before| books(run, &before)) {
         Ok(changes) => {
             let mut lost = (0.0, 0.0);
@@ -86,9 +92,6 @@ fn under_traffic(run: &mut Run) {
                 lost = (lost.0 + dom0, lost.1 + guests);
             }
             run.figure("withdraw_dom0_drops", lost.0);
-            let text = format!("dom0 dropped {} frames, the guests' kernels {}", lost.0, lost.1);
-            let made = if lost.0 == 0.0 { Ok(text) } else { Err(anyhow!(text)) };
-            run.check("dom0 drops nothing", Source::Dom(0), made);
             let text = format!("{missing} datagrams missing, {} drops counted", lost.0 + lost.1);
             let accounted = missing <= lost.0 + lost.1;
             let made = if accounted { Ok(text) } else { Err(anyhow!(text)) };
@@ -98,6 +101,26 @@ fn under_traffic(run: &mut Run) {
             run.check("the counters add up", Source::Dom(0), Err(error));
         }
     }
+}
+
+/// A stream fills the queue of a guest that does not keep up until something is dropped: that is how it learns its rate.
+/// For any other reason nothing is to be dropped.
+fn no_drops(run: &Run, before: &Metrics) -> Result<String> {
+    let after = run.metrics(2, "drops-after")?;
+    let name = "netback_vif_drops_total";
+    let more = |labels: &[(&str, &str)]| {
+        after.get(name, labels).unwrap_or(0.0) - before.get(name, labels).unwrap_or(0.0)
+    };
+    let (all, full) = (more(&[]), more(&[("reason", "queue_full")]));
+    ensure!(all == full, "{} frames for other reasons (metrics-drops-after.txt)", all - full);
+    for name in ["stack_lost_total", "switch_local_full_total"] {
+        let lost = after.need(name, &[])? - before.need(name, &[])?;
+        ensure!(lost == 0.0, "{name}: {lost} frames for dom0 itself");
+    }
+    let name = "netback_spurious_events_total";
+    let spurious = after.need(name, &[])? - before.need(name, &[])?;
+    ensure!(spurious <= QUIET, "{spurious} events are taken for spurious, and guests throttled");
+    Ok(format!("{full} of those, nothing else; {spurious} events without work"))
 }
 
 fn steady(run: &Run, way: Way, when: &str) -> Result<Books> {
@@ -116,13 +139,24 @@ fn half(run: &mut Run, flag: &str, way: &str) -> f64 {
         run.check(&format!("traffic begins, stream {way}"), Source::Dom(1), Err(error));
         return 0.0;
     }
-    let started = run.age();
+    let (started, mut share) = (run.age(), (0.0, 0.0));
     for number in 1..=ROUNDS / 2 {
-        let made = round(run);
+        let made = round(run).map(|round| {
+            share = (share.0 + round.share.0, share.1 + round.share.1);
+            round.text
+        });
         let name = format!("Map goes, then Direct, and both return: {number}, stream {way}");
         run.check(&name, Source::Dom(0), made);
     }
     let seconds = (run.age() - started).as_secs_f64();
+    let percent = 100.0 * share.0 / share.1.max(1.0);
+    let text = format!("{percent:.0} % of {:.1} MB", share.1 / 1e6);
+    let made = if percent > 50.0 { Ok(text) } else { Err(anyhow!(text)) };
+    run.check(
+        &format!("most goes by Direct while it is there, stream {way}"),
+        Source::Dom(0),
+        made,
+    );
     let slug = way.replace(' ', "_");
     run.figure(format!("withdraw_{slug}_s"), seconds);
     let made = stream(run, seconds);
@@ -154,8 +188,15 @@ fn begin(run: &Run, flag: &str) -> Result<()> {
     wait_for(run, limit, "the stream to run by Direct", |now| start.grew(now, DIRECT))
 }
 
+/// What one time shows.
+struct Round {
+    text: String,
+    /// Bytes that guests were given by Direct while it was there, and by whatever way.
+    share: (f64, f64),
+}
+
 /// One time; however it ends, everything is given back.
-fn round(run: &Run) -> Result<String> {
+fn round(run: &Run) -> Result<Round> {
     let made = go_and_return(run);
     if made.is_err() {
         let _ = set(run, "");
@@ -164,9 +205,9 @@ fn round(run: &Run) -> Result<String> {
 }
 
 /// Each state lasts a while, and what was carried in it is looked at.
-fn go_and_return(run: &Run) -> Result<String> {
-    let mut text = Vec::new();
-    for (value, gone, bulk) in [("map", &[MAP][..], DIRECT), ("map direct", &[MAP, DIRECT], COPY)] {
+fn go_and_return(run: &Run) -> Result<Round> {
+    let (mut text, mut share) = (Vec::new(), (0.0, 0.0));
+    for (value, gone) in [("map", &[MAP][..]), ("map direct", &[MAP, DIRECT])] {
         set(run, value)?;
         std::thread::sleep(DRAIN);
         let before = used(run)?;
@@ -178,15 +219,15 @@ fn go_and_return(run: &Run) -> Result<String> {
         }
         ensure!(after.mapped == 0.0, "{} pages are still mapped", after.mapped);
         let (direct, copy) = (before.more(&after, DIRECT), before.more(&after, COPY));
-        let most = if direct.bytes > copy.bytes { DIRECT } else { COPY };
-        ensure!(
-            most == bulk,
-            "without {value}, guests were given {} bytes by direct and {} by copy",
-            direct.bytes,
-            copy.bytes
-        );
-        let packets = before.more(&after, bulk).packets;
-        text.push(format!("without {value} {packets} packets by {bulk}"));
+        let expected = if gone.contains(&DIRECT) { copy } else { direct };
+        ensure!(expected.packets > 0.0, "nothing is given to guests without {value}");
+        if !gone.contains(&DIRECT) {
+            share = (direct.bytes, direct.bytes + copy.bytes);
+        }
+        text.push(format!(
+            "without {value} {} packets by direct, {} by copy",
+            direct.packets, copy.packets
+        ));
     }
     let start = used(run)?;
     set(run, "")?;
@@ -194,7 +235,7 @@ fn go_and_return(run: &Run) -> Result<String> {
         wait_for(run, RETURN, &format!("{path} to be used again"), |now| start.grew(now, path))?;
     }
     std::thread::sleep(DWELL);
-    Ok(text.join(", "))
+    Ok(Round { text: text.join("; "), share })
 }
 
 const COPY: &str = "copy";
@@ -278,7 +319,7 @@ fn wait_for(
     }
 }
 
-/// Ends the stream: its worst and its mean second in Mbit/s, and what to say of it.
+/// Ends the stream: its worst two seconds and its mean in Mbit/s, and what to say of it.
 fn stream(run: &Run, seconds: f64) -> Result<(f64, f64, String)> {
     let answer = run.good(1, "bgend flow", 89)?;
     let text = answer.text();
@@ -286,8 +327,10 @@ fn stream(run: &Run, seconds: f64) -> Result<(f64, f64, String)> {
     ensure!(least > 0.0, "{text}");
     ensure!(!text.contains("ended by itself"), "{text}");
     let counted = answer.number("seconds")?;
-    ensure!(counted >= seconds.floor(), "it ran for {counted} of {seconds:.0} s: {text}");
-    Ok((least, mean, format!("{mean:.0} Mbit/s over {counted} s, at least {least:.0} in each")))
+    // What is left of the last two seconds may not have been counted.
+    ensure!(counted + 3.0 >= seconds, "it ran for {counted} of {seconds:.0} s: {text}");
+    let text = format!("{mean:.1} Mbit/s over {counted} s, at least {least:.1} in any two seconds");
+    Ok((least, mean, text))
 }
 
 /// Ends the pattern: dom0 got all of it, and all was right.
