@@ -4,7 +4,7 @@
 //! In 2014 Linux 3.15's netback went over to mapping, and dom0s of Arm boards sent garbage. Xen 4.5.0-rc1 advertised
 //! XENFEAT_grant_map_identity (bit 12) to put that right; the release took it away again.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use features::XenFeatures;
 use hypercall::Handle;

@@ -2,9 +2,11 @@
 
 mod common;
 
-use common::{BEFORE_WRAP, Plan, run};
+use common::{Plan, run};
 use netback::datapath::Datapath::{self, Copy, Direct, Map, MapIdentity, Static};
 
+/// Every ring wraps after a thousand requests.
+const BEFORE_WRAP: u32 = 1000_u32.wrapping_neg();
 /// Enough for each ring to wrap.
 const FLIPS: usize = 2000;
 

@@ -1,6 +1,6 @@
 //! A machine whose datapaths come and go while packets fly, and what must be true of it all the time and afterwards.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::num::NonZeroUsize;
 
@@ -11,8 +11,6 @@ use netback::datapath::{Datapath, Datapaths, Policy, Withdrawal};
 use sim::{Fault, FaultPlan, Item, Kind};
 use two_guests::{Board, Config, GuestConfig, Place, Random, SECOND, Sizes, Tally, World};
 
-/// Indices from which every ring wraps after a thousand requests.
-pub const BEFORE_WRAP: u32 = 1000_u32.wrapping_neg();
 /// Nanoseconds of a round.
 const TICK: u64 = 10_000;
 /// The largest packet that there is.
@@ -168,7 +166,7 @@ impl Flips {
         self.withdraw(leaves);
         let held = self.random.once_in(4);
         self.world.uplink_mut().hold(held);
-        if leaves.is_map() && self.random.once_in(8) {
+        if is_map(leaves) && self.random.once_in(8) {
             // When it is back, Xen refuses once.
             let fault = Fault::Status(GrantStatus::NO_SPACE);
             self.world.sim.inject(self.domain, FaultPlan::next(Kind::Map, fault));
@@ -209,7 +207,7 @@ impl Flips {
     /// What is mapped in a mode that goes is unmapped within a second, though packets fly.
     fn assert_unmapped_soon(&mut self) {
         let withdrawn = self.pair[self.there];
-        if !withdrawn.is_map() {
+        if !is_map(withdrawn) {
             return;
         }
         self.flip();
@@ -271,15 +269,9 @@ fn mappings(world: &World, domain: DomId) -> usize {
     ledger.held_by(domain).entries().filter(is_mapping).count()
 }
 
-/// Ways by which pages are mapped for a while.
-trait Maps {
-    fn is_map(self) -> bool;
-}
-
-impl Maps for Datapath {
-    fn is_map(self) -> bool {
-        matches!(self, Self::Map | Self::MapIdentity)
-    }
+/// Whether pages are mapped for a while.
+fn is_map(path: Datapath) -> bool {
+    matches!(path, Datapath::Map | Datapath::MapIdentity)
 }
 
 /// Runs a plan and answers what was sent and arrived.
