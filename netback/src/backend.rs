@@ -348,12 +348,15 @@ impl<H: Hypervisor> Backend<H> {
         &self.features
     }
 
-    /// Reads again what Xen advertises. To be called after each resume.
+    /// Reads again what Xen advertises, and asks whether it cleans caches. To be called after each resume: it may be another
+    /// Xen.
     ///
     /// # Errors
     /// As Xen answers: then what was read before still holds.
-    pub fn refresh_features(&self) -> Result<(), Errno> {
-        self.features.refresh(&self.hv).map(|_| ())
+    pub fn refresh_features(&mut self) -> Result<(), Errno> {
+        self.features.refresh(&self.hv)?;
+        self.config.facts.cache_flush = dma::has_cache_flush(&self.hv);
+        Ok(())
     }
 
     /// The operator's word: all of this, and nothing else, is not to be used from now on. Packets that are under way

@@ -9,8 +9,7 @@ use core::fmt;
 
 use bitflags::bitflags;
 use features::XenFeatures;
-use hypercall::abi::CacheFlush;
-use hypercall::{Errno, Hypervisor, Instant};
+use hypercall::{Hypervisor, Instant};
 
 use crate::dma;
 
@@ -128,7 +127,7 @@ pub enum Uplink {
     },
 }
 
-/// What does not change while a backend runs.
+/// What Xen's bits do not say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Facts {
     /// What the domain runs on.
@@ -144,15 +143,12 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// Asks Xen what can be asked. A probe of the cache flush is an operation of no length; of the copy, a batch of none.
+    /// Asks Xen what can be asked.
     pub fn probe(hv: &impl Hypervisor, arch: Arch, iommu_maps: bool, uplink: Uplink) -> Self {
-        let mut flush = [CacheFlush { dev_bus_addr: 0, offset: 0, length: 0, op: 0 }];
-        // SAFETY is not at issue: there are no operations.
-        let missing = |outcome: Result<(), Errno>| outcome == Err(Errno::NOSYS);
         Self {
             arch,
             grant_copy: !grant::copy_is_missing(hv),
-            cache_flush: !missing(hv.cache_flush(&mut flush)),
+            cache_flush: dma::has_cache_flush(hv),
             iommu_maps,
             uplink,
         }

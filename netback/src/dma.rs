@@ -124,6 +124,12 @@ impl DmaPiece {
     }
 }
 
+/// Whether Xen has `GNTTABOP_cache_flush`: asked with an operation of no length.
+pub(crate) fn has_cache_flush(hv: &impl Hypervisor) -> bool {
+    let mut nothing = [CacheFlush { dev_bus_addr: 0, offset: 0, length: 0, op: 0 }];
+    hv.cache_flush(&mut nothing) != Err(Errno::NOSYS)
+}
+
 /// Pieces that one hypercall cleans.
 const BATCH: usize = 16;
 

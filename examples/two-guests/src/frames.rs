@@ -37,7 +37,7 @@ pub enum Sizes {
     Fixed(usize),
     /// Anything from the smallest to this, small ones and the largest most often.
     Mixed(usize),
-    /// Anything from the smallest to this, each power of two as often as any other.
+    /// Anything from the smallest to this, of all orders of magnitude, small ones more often.
     Spread(usize),
     /// The same, each within a TCP packet to be segmented, where the sender's wire does that. Who gets them must take them in
     /// one piece.
@@ -55,7 +55,8 @@ impl Sizes {
             },
             Self::Spread(max) | Self::Segmented(max) => {
                 let scale = (max / HEADER).max(1).ilog2() as usize;
-                let least = HEADER << random.below(scale + 1);
+                let order = random.below(scale + 1).min(random.below(scale + 1));
+                let least = HEADER << order;
                 (least + random.below(least)).min(max)
             }
         };

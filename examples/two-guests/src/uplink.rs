@@ -48,6 +48,7 @@ pub struct Uplink {
     budget: usize,
     /// Packets that the driver could make nothing of.
     dropped: u64,
+    held: bool,
     misrule: Option<Misrule>,
 }
 
@@ -101,6 +102,7 @@ impl Uplink {
             buffer: Vec::new(),
             budget: 0,
             dropped: 0,
+            held: false,
             misrule: None,
         }
     }
@@ -122,6 +124,11 @@ impl Uplink {
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.dropped
+    }
+
+    /// Has the card send nothing, or go on: what it was given stays in its ring, and mapped.
+    pub fn hold(&mut self, held: bool) {
+        self.held = held;
     }
 
     /// Has the driver go wrong from now on.
@@ -215,7 +222,7 @@ impl Uplink {
 
     /// The next packet goes out: all its bytes, into the buffer.
     fn transmit(&mut self) -> bool {
-        let Some(budget) = self.budget.checked_sub(1) else { return false };
+        let Some(budget) = self.budget.checked_sub(1).filter(|_| !self.held) else { return false };
         let Some(Descriptor { packet, pieces }) = self.sending.pop_front() else { return false };
         self.budget = budget;
         self.buffer.clear();

@@ -302,11 +302,11 @@ impl World {
     fn act(&mut self, actor: Actor) -> bool {
         self.steps += 1;
         let some = self.turn(actor);
+        if !self.pending.is_empty() {
+            self.begin_pending();
+        }
         if some {
             self.idle.clear();
-            if !self.pending.is_empty() {
-                self.begin_pending();
-            }
         } else if !self.idle.contains(&actor) {
             self.idle.push(actor);
         }

@@ -213,6 +213,11 @@ impl Sim {
         self.domain(id, |domain| domain.handle.set_features(bits));
     }
 
+    /// Whether there is a `GNTTABOP_cache_flush` for a domain from now on, as after Xen was replaced by another.
+    pub fn set_cache_flush(&self, id: DomId, exists: bool) {
+        self.domain_mut(id, |domain| domain.cache_flush = exists);
+    }
+
     /// Raises a virtual interrupt.
     pub fn raise_virq(&self, id: DomId, virq: Virq) {
         let woken = self.0.lock().raise_virq(id, virq);
