@@ -114,6 +114,8 @@ pub struct Backend<H: Hypervisor> {
     pub(crate) scratch: Scratch<H>,
     /// Packets that this round means to map.
     pub(crate) planned_maps: usize,
+    /// When static pages are unmapped, while they are not to be used.
+    pub(crate) unmap_statics_at: Option<Instant>,
     pub(crate) notices: Vec<Notice>,
     pub(crate) next_tick: Instant,
 }
@@ -164,6 +166,7 @@ impl<H: Hypervisor> Backend<H> {
             map_ops: MapOps::new(MAPS),
             scratch: Scratch::new(),
             planned_maps: 0,
+            unmap_statics_at: None,
             turn: 0,
             lives: 0,
             notices: Vec::new(),
@@ -334,7 +337,8 @@ impl<H: Hypervisor> Backend<H> {
         let held = self.local.iter().filter_map(Packet::lent_by);
         let held = held.map(|(_, since)| since.after(policy.hold)).min();
         let returned = self.table.has_returned().then_some(now);
-        let others = [waiting, self.modes.deadline(policy), held, returned];
+        let unmap = self.unmap_statics_at.filter(|_| connected);
+        let others = [waiting, self.modes.deadline(policy), held, returned, unmap];
         deadlines.chain(others.into_iter().flatten()).fold(tick, Instant::min)
     }
 

@@ -55,6 +55,8 @@ pub struct Control<H: Hypervisor> {
     steer: Steer,
     /// Per queue.
     pages: Vec<StaticPages<H>>,
+    /// They may be not mapped now.
+    unmapped: bool,
     /// Where the frontend's tables are copied to, to be read. `None` where there was no memory for it.
     page: Option<Frame<H>>,
     ops: CopyOps,
@@ -93,6 +95,7 @@ impl<H: Hypervisor> Control<H> {
             ready: true,
             steer: Steer::new(queues),
             pages: (0..queues).map(|_| StaticPages::new()).collect(),
+            unmapped: false,
             page: FramePool::new(hv, NonZeroUsize::MIN, NonZeroUsize::MIN).take(),
             ops: CopyOps::new(1),
             entries: 0,
@@ -188,7 +191,24 @@ impl<H: Hypervisor> Control<H> {
         self.pages.get(usize::from(queue))?.get(gref, writable)
     }
 
-    /// Pages kept mapped, in all queues.
+    /// Unmaps the pages that are kept, for as long as they are not to be used; what the frontend asked for stays as it is.
+    pub(crate) fn unmap_pages(&mut self, mapper: &Mapper<H>) {
+        self.unmapped = true;
+        for pages in &mut self.pages {
+            pages.unmap(mapper);
+        }
+    }
+
+    /// Maps them again.
+    pub(crate) fn map_pages_again(&mut self, mapper: &Mapper<H>) {
+        if core::mem::take(&mut self.unmapped) {
+            for pages in &mut self.pages {
+                pages.map_again(self.domain, mapper);
+            }
+        }
+    }
+
+    /// Pages kept for the frontend, in all queues.
     #[must_use]
     pub fn static_pages(&self) -> usize {
         self.pages.iter().map(StaticPages::len).sum()
@@ -339,7 +359,7 @@ impl<H: Hypervisor> Control<H> {
         // What is listed twice goes once.
         let gone: Vec<_> = going.into_iter().filter_map(|gref| pages.remove(gref)).collect();
         let count = u32::try_from(gone.len()).unwrap_or(u32::MAX);
-        mapper.unmap_batch(&mut MapOps::new(gone.len()), gone);
+        mapper.unmap_batch(&mut MapOps::new(gone.len()), gone.into_iter().flatten());
         Some(count)
     }
 

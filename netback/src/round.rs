@@ -13,7 +13,7 @@ use xenbus::client::Client;
 
 use crate::backend::{Backend, LOCAL_PACKETS, TICK, port_of, vif_at};
 use crate::ctrl::Control;
-use crate::datapath::{Datapath, Fallback, Target, choose, possible};
+use crate::datapath::{Datapath, Datapaths, Fallback, Target, choose, possible};
 use crate::deliver::{Fit, Taker, fit, takes_as_is};
 use crate::fault::VifFault;
 use crate::lent::{Open, Pages, Returned};
@@ -27,6 +27,10 @@ use crate::vif::{Around, Vif};
 pub(crate) const COPIES: usize = 2048;
 /// Packets whose rest is copied by one hypercall.
 const FETCHES: usize = COPIES / COPIES_PER_PACKET;
+
+/// Nanoseconds that static pages stay mapped while they are not to be used: a withdrawal that is taken back at once costs
+/// nothing.
+const STATIC_LINGER: u64 = 10_000_000;
 
 /// What is to become of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,7 +114,7 @@ impl<H: Hypervisor> Backend<H> {
                 queue.begin(tick, now);
             }
         }
-        self.serve_controls(tick);
+        self.serve_controls(tick, now);
         self.take_back();
         while self.gather(now) {
             self.copy(now);
@@ -140,10 +144,23 @@ impl<H: Hypervisor> Backend<H> {
         self.modes.update(wanted - self.withdrawn, policy, now);
     }
 
-    fn serve_controls(&mut self, tick: bool) {
+    fn serve_controls(&mut self, tick: bool, now: Instant) {
+        let keeps = self.modes.up().contains(Datapaths::STATIC);
+        let leaves = !keeps && self.unmap_statics_at.is_some_and(|at| at <= now);
+        self.unmap_statics_at = match self.unmap_statics_at {
+            _ if keeps => None,
+            // What is added meanwhile goes then.
+            Some(_) if leaves => Some(now.after(TICK)),
+            at => at.or(Some(now.after(STATIC_LINGER))),
+        };
         let Self { vifs, hv, mapper, .. } = self;
         for vif in vifs.iter_mut().flatten() {
             let Some(control) = &mut vif.control else { continue };
+            if keeps {
+                control.map_pages_again(mapper);
+            } else if leaves {
+                control.unmap_pages(mapper);
+            }
             if tick {
                 control.look();
             }

@@ -48,7 +48,8 @@ pub struct Uplink {
     budget: usize,
     /// Packets that the driver could make nothing of.
     dropped: u64,
-    held: bool,
+    driver_held: bool,
+    card_held: bool,
     misrule: Option<Misrule>,
 }
 
@@ -102,7 +103,8 @@ impl Uplink {
             buffer: Vec::new(),
             budget: 0,
             dropped: 0,
-            held: false,
+            driver_held: false,
+            card_held: false,
             misrule: None,
         }
     }
@@ -126,9 +128,9 @@ impl Uplink {
         self.dropped
     }
 
-    /// Has the card send nothing, or go on: what it was given stays in its ring, and mapped.
-    pub fn hold(&mut self, held: bool) {
-        self.held = held;
+    /// Has the driver take nothing, or the card send nothing, until told otherwise: what they have not done stays mapped.
+    pub fn hold(&mut self, driver: bool, card: bool) {
+        (self.driver_held, self.card_held) = (driver, card);
     }
 
     /// Has the driver go wrong from now on.
@@ -139,7 +141,8 @@ impl Uplink {
     /// The driver: takes what is to go out, and hands in what came. Answers whether there was anything.
     pub(crate) fn drive(&mut self, backend: &mut Backend<SimHv>, now: Instant) -> bool {
         let mut some = false;
-        while self.sending.len() < RING
+        while !self.driver_held
+            && self.sending.len() < RING
             && let Some(packet) = self.waiting.take().or_else(|| backend.receive_local())
         {
             match self.describe(packet, backend) {
@@ -222,7 +225,9 @@ impl Uplink {
 
     /// The next packet goes out: all its bytes, into the buffer.
     fn transmit(&mut self) -> bool {
-        let Some(budget) = self.budget.checked_sub(1).filter(|_| !self.held) else { return false };
+        let Some(budget) = self.budget.checked_sub(1).filter(|_| !self.card_held) else {
+            return false;
+        };
         let Some(Descriptor { packet, pieces }) = self.sending.pop_front() else { return false };
         self.budget = budget;
         self.buffer.clear();

@@ -168,10 +168,10 @@ fn xen_4_5_takes_the_identity_mapping_away_in_mid_traffic_and_nobody_is_told() {
         assert!(mapped > before, "turn {turn}");
         assert_eq!(fallbacks(&world).map_refused, refused);
         // The release. What the card has not sent yet is still at both addresses.
-        world.uplink_mut().hold(turn % 2 == 0);
+        world.uplink_mut().hold(turn % 3 == 0, turn % 3 == 1);
         advertise(&world, bits - IDENTITY);
         world.run_for(MS / 4);
-        world.uplink_mut().hold(false);
+        world.uplink_mut().hold(false, false);
         world.run_for(MS / 4);
         // The first that were mapped after it were unmapped again and copied: they were at one address only.
         let before_it = std::mem::replace(&mut refused, fallbacks(&world).map_refused);

@@ -13,7 +13,25 @@ pub const STATIC_PAGES: usize = 512;
 struct Page<H: Hypervisor> {
     gref: GrantRef,
     read_only: bool,
-    mapping: Arc<Mapping<H>>,
+    /// `None` while the way is withdrawn: the frontend's word holds, and nothing of it is mapped.
+    mapping: Option<Arc<Mapping<H>>>,
+}
+
+impl<H: Hypervisor> Page<H> {
+    fn is_held(&self) -> bool {
+        self.mapping.as_ref().is_some_and(|mapping| Arc::strong_count(mapping) > 1)
+    }
+
+    /// The mapping, if there is one and nobody holds it.
+    fn take(&mut self) -> Option<Mapping<H>> {
+        match Arc::try_unwrap(self.mapping.take()?) {
+            Ok(mapping) => Some(mapping),
+            Err(held) => {
+                self.mapping = Some(held);
+                None
+            }
+        }
+    }
 }
 
 /// A page to be kept.
@@ -58,7 +76,7 @@ impl<H: Hypervisor> StaticPages<H> {
     /// The page of a reference, if it is kept and may be written where that is asked for.
     pub(super) fn get(&self, gref: GrantRef, writable: bool) -> Option<&Arc<Mapping<H>>> {
         let page = self.0.get(self.find(gref).ok()?)?;
-        (!writable || !page.read_only).then_some(&page.mapping)
+        page.mapping.as_ref().filter(|_| !writable || !page.read_only)
     }
 
     /// Maps all of a list in one hypercall, or none of it.
@@ -90,7 +108,7 @@ impl<H: Hypervisor> StaticPages<H> {
             return Err(NotKept);
         }
         let pages = wanted.into_iter().zip(mapped).map(|(Wanted { gref, read_only }, mapping)| {
-            Page { gref, read_only, mapping: Arc::new(mapping) }
+            Page { gref, read_only, mapping: Some(Arc::new(mapping)) }
         });
         self.0.extend(pages);
         self.0.sort_unstable_by_key(|page| page.gref);
@@ -101,27 +119,54 @@ impl<H: Hypervisor> StaticPages<H> {
     pub(super) fn removal(&self, gref: GrantRef) -> Removal {
         match self.find(gref).ok().and_then(|at| self.0.get(at)) {
             None => Removal::Unknown,
-            Some(page) if Arc::strong_count(&page.mapping) > 1 => Removal::InUse,
+            Some(page) if page.is_held() => Removal::InUse,
             Some(_) => Removal::Removed,
         }
     }
 
-    /// Takes out a page that nobody uses.
-    pub(super) fn remove(&mut self, gref: GrantRef) -> Option<Mapping<H>> {
+    /// Takes out a page that nobody uses, if it is there; and answers its mapping, if it has one.
+    pub(super) fn remove(&mut self, gref: GrantRef) -> Option<Option<Mapping<H>>> {
         if self.removal(gref) != Removal::Removed {
             return None;
         }
         let at = self.find(gref).ok()?;
-        Arc::into_inner(self.0.remove(at).mapping)
+        Some(self.0.remove(at).take())
     }
 
     /// Whether somebody holds one of the pages.
     pub(super) fn is_in_use(&self) -> bool {
-        self.0.iter().any(|page| Arc::strong_count(&page.mapping) > 1)
+        self.0.iter().any(Page::is_held)
     }
 
-    /// All pages that nobody holds. Those that are held end when their last holder lets go.
+    /// All mappings that nobody holds. Those that are held end when their last holder lets go.
     pub(super) fn into_mappings(self) -> impl Iterator<Item = Mapping<H>> {
-        self.0.into_iter().filter_map(|page| Arc::into_inner(page.mapping))
+        self.0.into_iter().filter_map(|mut page| page.take())
+    }
+
+    /// Unmaps what nobody holds; [`map_again`](Self::map_again) undoes it.
+    pub(super) fn unmap(&mut self, mapper: &Mapper<H>) {
+        let leaving: Vec<_> = self.0.iter_mut().filter_map(Page::take).collect();
+        if !leaving.is_empty() {
+            mapper.unmap_batch(&mut MapOps::new(leaving.len()), leaving);
+        }
+    }
+
+    /// Maps what was unmapped. Packets in pages that cannot be mapped are copied.
+    pub(super) fn map_again(&mut self, domain: DomId, mapper: &Mapper<H>) {
+        let mut pages: Vec<_> = self.0.iter_mut().filter(|page| page.mapping.is_none()).collect();
+        if pages.is_empty() {
+            return;
+        }
+        let request = |page: &&mut Page<H>| {
+            let Page { gref, read_only, .. } = **page;
+            MapRequest { domain, gref, read_only }
+        };
+        let requests: Vec<_> = pages.iter().map(request).collect();
+        let mut places = pages.iter_mut();
+        mapper.map_batch(&mut MapOps::new(requests.len()), requests, |result| {
+            if let Some(page) = places.next() {
+                page.mapping = result.ok().map(Arc::new);
+            }
+        });
     }
 }

@@ -385,6 +385,34 @@ fn static_pages_are_kept_until_they_are_taken_back() {
 }
 
 #[test]
+fn static_pages_that_are_not_to_be_used_are_not_mapped_and_come_back() {
+    let mut w = world();
+    let before = w.mapper.live();
+    let pages: Vec<_> = (0..3).map(|index| w.share(index == 0)).collect();
+    let grefs: Vec<_> = pages.iter().map(|page| page.gref()).collect();
+    let list: Vec<_> = grefs.iter().map(|gref| (*gref, *gref == grefs[0])).collect();
+    assert_eq!(w.add(1, &list), OK);
+    let page = |w: &World, index: usize, writable| {
+        w.control.static_page(1, grefs[index], writable).is_some()
+    };
+    // One is in use.
+    let held = w.control.static_page(1, grefs[2], true).cloned().unwrap();
+    w.control.unmap_pages(&w.mapper);
+    assert_eq!((w.mapper.live(), w.control.static_pages()), (before + 1, 3));
+    assert!(!page(&w, 0, false) && !page(&w, 1, true) && page(&w, 2, true));
+    drop(held);
+    w.control.unmap_pages(&w.mapper);
+    assert_eq!(w.mapper.live(), before);
+    // The frontend may take back what is not mapped.
+    assert_eq!(w.remove(1, &grefs[1..2]), ((CtrlStatus::SUCCESS, 1), vec![0]));
+    w.control.map_pages_again(&w.mapper);
+    assert_eq!((w.mapper.live(), w.control.static_pages()), (before + 2, 2));
+    assert!(page(&w, 0, false) && !page(&w, 0, true) && !page(&w, 1, false) && page(&w, 2, true));
+    assert_eq!(w.remove(1, &grefs), ((CtrlStatus::SUCCESS, 2), vec![0, 2, 0]));
+    assert_eq!(w.mapper.live(), before);
+}
+
+#[test]
 fn static_pages_are_added_all_or_not() {
     let mut w = world();
     let pages: Vec<_> = (0..4).map(|_| w.share(false)).collect();

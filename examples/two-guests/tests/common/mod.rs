@@ -65,9 +65,10 @@ pub struct Flips {
     domain: DomId,
     /// What Xen advertises when nothing is withdrawn.
     bits: XenFeatures,
-    /// The mappings that the rings are.
-    rings: usize,
 }
+
+/// The mappings that are rings: two of each of three queues, and a control ring of each guest.
+const RINGS: usize = 8;
 
 /// What to run.
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +117,6 @@ impl Flips {
         }
         world.connect().unwrap();
         let domain = world.backend().unwrap().hv.id();
-        let rings = mappings(&world, domain);
         let [one, other, outside] = [Place::Guest(0), Place::Guest(1), Place::Outside];
         for (from, to, sizes) in [
             (one, other, Sizes::Spread(LARGEST)),
@@ -138,7 +138,6 @@ impl Flips {
             source: Source::Word,
             domain,
             bits,
-            rings,
         }
     }
 
@@ -164,8 +163,8 @@ impl Flips {
         self.source =
             if updates { Source::Update } else { sources[self.random.below(sources.len())] };
         self.withdraw(leaves);
-        let held = self.random.once_in(4);
-        self.world.uplink_mut().hold(held);
+        let (driver, card) = (self.random.once_in(4), self.random.once_in(4));
+        self.world.uplink_mut().hold(driver, card);
         if is_map(leaves) && self.random.once_in(8) {
             // When it is back, Xen refuses once.
             let fault = Fault::Status(GrantStatus::NO_SPACE);
@@ -201,21 +200,36 @@ impl Flips {
     fn lent(&self) -> usize {
         let kept: usize =
             self.world.guests().map(|guest| guest.nic.frontend().static_grants()).sum();
-        mappings(&self.world, self.domain).saturating_sub(self.rings + kept)
+        mappings(&self.world, self.domain).saturating_sub(RINGS + kept)
+    }
+
+    /// What is withdrawn is not in use, once the backend has had its turn.
+    fn assert_withdrawn(&self) {
+        let withdrawn = self.pair[1 - self.there];
+        if withdrawn != Datapath::Copy && !matches!(self.source, Source::Silent(_)) {
+            let up = self.world.backend().unwrap().backend.datapaths();
+            assert!(!up.contains(withdrawn.only()), "{withdrawn} by {:?}", self.source);
+        }
     }
 
     /// What is mapped in a mode that goes is unmapped within a second, though packets fly.
     fn assert_unmapped_soon(&mut self) {
         let withdrawn = self.pair[self.there];
-        if !is_map(withdrawn) {
-            return;
-        }
         self.flip();
-        self.world.uplink_mut().hold(false);
+        self.world.uplink_mut().hold(false, false);
         let since = self.world.now;
-        while self.lent() > 0 {
-            assert!(self.world.now.since(since) < SECOND, "{} pages", self.lent());
-            self.rounds(1);
+        let left = |flips: &Self| match withdrawn {
+            Datapath::Map | Datapath::MapIdentity => flips.lent(),
+            Datapath::Static if !is_map(flips.pair[flips.there]) => {
+                mappings(&flips.world, flips.domain) - RINGS
+            }
+            // Pages that are mapped for packets come and go.
+            Datapath::Static | Datapath::Copy | Datapath::Direct => 0,
+        };
+        let step = if withdrawn == Datapath::Static { 100 } else { 1 };
+        while left(self) > 0 {
+            assert!(self.world.now.since(since) < SECOND, "{} pages", left(self));
+            self.rounds(step);
         }
     }
 
@@ -236,7 +250,7 @@ impl Flips {
 
     /// Everything arrives, and nothing is held by anybody any more.
     fn end(mut self) -> Tally {
-        self.world.uplink_mut().hold(false);
+        self.world.uplink_mut().hold(false, false);
         let tally = self.world.finish();
         assert!(tally.is_clean(), "{tally}\n{}", self.world.drops());
         assert_eq!(tally.excused, 0);
@@ -277,13 +291,17 @@ fn is_map(path: Datapath) -> bool {
 /// Runs a plan and answers what was sent and arrived.
 pub fn run(plan: Plan) -> Tally {
     let mut flips = Flips::new(plan);
-    let every = (plan.flips / 20).max(1);
+    let every = (plan.flips / 8).max(1);
     let mut done = 0;
     while done < plan.flips || flips.switches() < plan.flips as u64 {
+        assert!(done < plan.flips * 4, "{} switches", flips.switches());
         flips.flip();
         // Now and then nobody has a chance to notice.
         let rounds = [0, 1, 2, 2, 2, 2, 3, 4][flips.random.below(8)];
         flips.rounds(rounds);
+        if rounds > 0 {
+            flips.assert_withdrawn();
+        }
         if done % every == 0 {
             flips.assert_unmapped_soon();
         }
