@@ -163,6 +163,7 @@ fn run(case: Case, usual: Option<&Took>) -> Took {
     // What could not be let go of then is counted.
     let (mappings, grants, ports) = of_connections(&world.ledger());
     let mapper = world.backend().unwrap().mapper.clone();
+    assert_eq!(world.backend().unwrap().backend.open(), 0, "{case:?}: chains");
     let parked: usize = world.guests().map(|guest| guest.table.parked()).sum();
     assert_eq!(mappings, mapper.parked(), "{case:?}: mappings\n{}", world.ledger());
     assert_eq!(grants, parked, "{case:?}: references\n{}", state(&world));
