@@ -85,6 +85,8 @@ pub struct SwitchCounters {
     pub hairpin: u64,
     /// Packets that were dropped as the local stack did not take them in time.
     pub local_full: u64,
+    /// Packets of the local stack's that were dropped as there was no buffer to copy them to.
+    pub local_no_buffer: u64,
 }
 
 /// The network backend of a domain.
@@ -219,8 +221,9 @@ impl<H: Hypervisor> Backend<H> {
         now: Instant,
         mut each: impl FnMut(&mut Vif<H>, &mut Around<'_, H>) -> bool,
     ) -> bool {
-        let Self { mapper, binder, notices, features, hv, .. } = self;
-        let mut around = Around { client, mapper, binder, notices, features, hv, now };
+        let Self { mapper, binder, notices, features, hv, config, .. } = self;
+        let grant_copy = config.facts.grant_copy;
+        let mut around = Around { client, mapper, binder, notices, features, hv, grant_copy, now };
         self.vifs.iter_mut().flatten().any(|vif| each(vif, &mut around))
     }
 
@@ -407,8 +410,13 @@ impl<H: Hypervisor> Backend<H> {
         self.pools.packet(len, now)
     }
 
-    /// Switches a packet of the local stack's.
-    pub fn send_local(&mut self, packet: Packet<H>, now: Instant) {
+    /// Switches a packet of the local stack's. One that came from a guest is copied first where that has not been done yet,
+    /// so that no guest's pages wait for another guest; it is dropped if there is no buffer for that.
+    pub fn send_local(&mut self, mut packet: Packet<H>, now: Instant) {
+        if !packet.make_whole(&self.pools) {
+            self.switch_counters.local_no_buffer += 1;
+            return;
+        }
         self.route(packet, PortId::LOCAL, now);
     }
 

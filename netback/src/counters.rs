@@ -25,6 +25,8 @@ netif::counters! {
         queue_full,
         /// The destination did not take it in time.
         expired,
+        /// The destination has long taken nothing at all.
+        stalled,
         /// No buffer was free.
         no_buffer,
         /// The destination is not connected, or went away.

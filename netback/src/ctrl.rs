@@ -102,6 +102,11 @@ impl<H: Hypervisor> Control<H> {
         })
     }
 
+    /// Has the frontend's tables read by mapping, where Xen cannot copy.
+    pub(crate) fn copy_by_mapping(&mut self, mapper: &Mapper<H>) {
+        self.ops = CopyOps::by_mapping(1, mapper);
+    }
+
     /// The port, for which [`on_event`](Self::on_event) is.
     #[must_use]
     pub fn port(&self) -> Port {

@@ -1,11 +1,12 @@
 //! Making a packet fit for where it goes: what a frontend cannot do for itself is done for it.
 
 use hypercall::{Hypervisor, Instant};
+use netif::headers;
 use netif::keys::Features;
 use netif::offload::{Checksum, Gso, IpVersion};
 
 use crate::offload::checksum::Fill;
-use crate::offload::{checksum, headers, segment};
+use crate::offload::{checksum, segment};
 use crate::packet::{Packet, Pools};
 
 /// Segments one packet may be cut into: 64 KiB into the smallest that IP lets TCP count on, 536 bytes. A guest that asks
@@ -83,8 +84,9 @@ const fn gso_feature(gso: Gso) -> Features {
     }
 }
 
-fn takes_blank(frame: &[u8], features: Features) -> bool {
-    match headers::parse(frame).map(|found| found.version) {
+/// Of a packet that is not whole this sees the headers, so the length in them cannot be held against it.
+fn takes_blank(header: &[u8], features: Features) -> bool {
+    match headers::network(header).map(|found| found.version) {
         Some(IpVersion::V4) => features.contains(Features::IPV4_CSUM),
         Some(IpVersion::V6) => features.contains(Features::IPV6_CSUM),
         None => false,

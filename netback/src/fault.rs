@@ -87,6 +87,9 @@ pub enum Refusal {
         /// Why.
         fault: RingFault,
     },
+    /// Xen neither copies nor maps for this domain: no packet could be carried.
+    #[error("Xen can neither copy nor map")]
+    NoDatapath,
     /// A port could not be bound.
     #[error("cannot bind {key}: {error}")]
     Bind {

@@ -37,8 +37,6 @@ pub(crate) struct Queue<H: Hypervisor> {
     worked: Events,
     /// There may be requests to take.
     tx_ready: bool,
-    /// When to look again though nobody notified.
-    again: Option<Instant>,
     /// Packets that may still be taken in this poll.
     budget: usize,
 }
@@ -84,13 +82,12 @@ impl<H: Hypervisor> Connector<'_, H> {
         };
         Ok(Queue {
             tx: TxQueue::new(self.domain, origin, tx, Credit::new(self.rate, self.now)),
-            rx: RxQueue::new(self.domain, rx, self.headroom),
+            rx: RxQueue::new(self.domain, origin, rx, self.headroom),
             channels,
             events: Events::default(),
             worked: Events::default(),
             // The frontend may have sent before we came, and does not say so again.
             tx_ready: true,
-            again: None,
             budget: 0,
         })
     }
@@ -129,8 +126,8 @@ impl<H: Hypervisor> Queue<H> {
 
     /// Takes a new limit; a packet that waits for the old one is tried again at once.
     pub(crate) fn set_rate(&mut self, rate: RateLimit) {
+        self.tx_ready |= self.tx.waits_until().is_some();
         self.tx.set_rate(rate);
-        self.tx_ready |= self.again.take().is_some();
     }
 
     /// Whether there may be packets to take.
@@ -147,10 +144,7 @@ impl<H: Hypervisor> Queue<H> {
     pub(crate) fn begin(&mut self, tick: bool, now: Instant) {
         self.budget = BATCH;
         self.tx_ready |= tick;
-        if self.again.is_some_and(|at| at <= now) {
-            self.again = None;
-            self.tx_ready = true;
-        }
+        self.tx_ready |= self.tx.waits_until().is_some_and(|at| at <= now);
     }
 
     /// Takes packets from the guest into the batch.
@@ -163,17 +157,12 @@ impl<H: Hypervisor> Queue<H> {
         if !self.tx_ready || self.budget == 0 {
             return Ok(());
         }
-        self.again = None;
         let budget = self.budget;
         let wait = self.tx.gather(take, statics, filter, &mut self.budget)?;
         // A packet that is mapped is answered long after the event that announced it.
         self.worked.tx |= self.budget != budget;
         match wait {
-            TxWait::Guest => self.tx_ready = false,
-            TxWait::Until(until) => {
-                self.tx_ready = false;
-                self.again = Some(until);
-            }
+            TxWait::Guest | TxWait::Time => self.tx_ready = false,
             TxWait::Budget | TxWait::Buffers => {}
         }
         Ok(())
@@ -221,7 +210,7 @@ impl<H: Hypervisor> Queue<H> {
                 channel.open_if_due(now);
             }
         };
-        let tx_done = events.tx && !self.tx_ready && self.again.is_none();
+        let tx_done = events.tx && !self.tx_ready && tx.waits_until().is_none();
         match channels {
             Channels::Shared(both) => {
                 settle(both, tx_done, worked.tx || worked.rx, &mut tx.counters.spurious);
@@ -248,7 +237,7 @@ impl<H: Hypervisor> Queue<H> {
             Channels::Shared(both) => [both.throttled_until(), None],
             Channels::Split { tx, rx } => [tx.throttled_until(), rx.throttled_until()],
         };
-        channels.into_iter().chain([self.again, self.rx.expiry()]).flatten().min()
+        channels.into_iter().chain([self.tx.waits_until(), self.rx.deadline()]).flatten().min()
     }
 
     /// Lets go of ports and rings; what was not delivered is dropped.

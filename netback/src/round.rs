@@ -107,6 +107,7 @@ impl<H: Hypervisor> Backend<H> {
         let tick = now >= self.next_tick;
         if tick {
             self.next_tick = now.after(TICK);
+            self.mapper.retry_parked(&mut self.map_ops);
         }
         for vif in self.vifs.iter_mut().flatten() {
             vif.wake_if_due(client, now);
@@ -239,8 +240,16 @@ impl<H: Hypervisor> Backend<H> {
     /// Answers those whose packets went from guest to guest.
     fn answer_relayed(&mut self) {
         let mut relayed = core::mem::take(&mut self.scratch.relayed);
-        for Relayed { open, len, copies, failed } in relayed.drain(..) {
+        for Relayed { open, to, len, copies, failed } in relayed.drain(..) {
             let source_is_good = !failed || self.can_be_read(&open);
+            if failed && source_is_good {
+                let receiver = vif_at(&mut self.vifs, to.port);
+                if let Some(queue) =
+                    receiver.and_then(|vif| vif.queues.get_mut(usize::from(to.queue)))
+                {
+                    queue.rx.drops.grant += 1;
+                }
+            }
             let Some((tx, found)) = source(&mut self.vifs, &open) else { continue };
             tx.paths.count(Datapath::Direct, |counters| counters.copies += copies as u64);
             let status = if source_is_good {
@@ -258,18 +267,20 @@ impl<H: Hypervisor> Backend<H> {
     /// Whether a sender has granted what it sent; if a relay failed, it was its fault otherwise. Tried with a byte of each
     /// slot.
     fn can_be_read(&mut self, open: &Open) -> bool {
-        let Some(mut packet) = self.pools.packet(1, Instant::default()) else { return true };
+        let Some(mut packet) = self.pools.packet(open.chain.slots.len(), Instant::default()) else {
+            return true;
+        };
+        let mut copies = self.ops.begin();
+        let (mut range, mut to) = (CopyRange::default(), packet.frame_mut().span_mut());
         for (gref, offset, _) in rest_of(&open.chain, 0) {
-            let mut copies = self.ops.begin();
-            let from = PeerSpan { domain: open.domain, gref, offset };
-            let Ok(range) = copies.pull(from, packet.frame_mut().span_mut().split_at(1).0) else {
+            let (byte, behind) = to.split_at(1);
+            to = behind;
+            let Ok(copy) = copies.pull(PeerSpan { domain: open.domain, gref, offset }, byte) else {
                 return false;
             };
-            if !copies.submit(&self.hv).is_ok_and(|results| results.of(range).is_ok()) {
-                return false;
-            }
+            range = range.with(copy);
         }
-        true
+        copies.submit(&self.hv).is_ok_and(|results| results.of(range).is_ok())
     }
 
     /// Sends on what has come.
@@ -655,7 +666,8 @@ impl<H: Hypervisor> Backend<H> {
 
     /// Shows each guest what was done, ends the events whose work that was, and closes those vifs that cannot go on.
     fn finish(&mut self, client: &mut Client, now: Instant) {
-        let Self { vifs, mapper, binder, notices, features, hv, .. } = self;
+        let Self { vifs, mapper, binder, notices, features, hv, config, .. } = self;
+        let grant_copy = config.facts.grant_copy;
         for vif in vifs.iter_mut().flatten() {
             for queue in &mut vif.queues {
                 queue.publish();
@@ -664,7 +676,11 @@ impl<H: Hypervisor> Backend<H> {
             if let Some(control) = &mut vif.control {
                 control.end_event(now);
             }
-            let around = &mut Around { client, mapper, binder, notices, features, hv, now };
+            if !vif.queues.is_empty() {
+                vif.set_carrier(!vif.queues.iter().any(|queue| queue.rx.is_stalled()), client);
+            }
+            let around =
+                &mut Around { client, mapper, binder, notices, features, hv, grant_copy, now };
             if let Some(fault) = vif.found.take() {
                 vif.fault(Some(fault), around);
             }

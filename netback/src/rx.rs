@@ -13,8 +13,9 @@ use netif::tx::MAX_SLOTS;
 use crate::counters::{Direction, Drops, Paths};
 use crate::datapath::{Datapath, Datapaths};
 use crate::fault::{Refusals, VifFault};
-use crate::lent::{Open, Table};
+use crate::lent::{Open, Origin, Table};
 use crate::packet::{Packet, Rest};
+use crate::stall::Stall;
 use crate::tx::{Statics, rest_of};
 
 /// Packets per hypercall at most.
@@ -37,6 +38,8 @@ struct InFlight<H: Hypervisor> {
 /// A packet that went from guest to guest by reference: its sender is to be answered.
 pub(crate) struct Relayed {
     pub(crate) open: Open,
+    /// The queue that it went to.
+    pub(crate) to: Origin,
     pub(crate) len: usize,
     pub(crate) copies: usize,
     /// It did not arrive: one of the two has granted what cannot be copied.
@@ -46,6 +49,7 @@ pub(crate) struct Relayed {
 /// One queue's way to the guest.
 pub(crate) struct RxQueue<H: Hypervisor> {
     domain: DomId,
+    origin: Origin,
     ring: RxBackRing<Mapping<H>>,
     waiting: VecDeque<Packet<H>>,
     /// How many of them are in large buffers.
@@ -53,6 +57,9 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     /// Requests that those which wait will take, and those that are about to.
     promised: usize,
     headroom: PageOffset,
+    stall: Stall,
+    /// Requests that the guest had not posted when it was last found short of them.
+    lacking: u32,
     batch: Vec<InFlight<H>>,
     refusals: Refusals,
     answered: bool,
@@ -62,14 +69,22 @@ pub(crate) struct RxQueue<H: Hypervisor> {
 }
 
 impl<H: Hypervisor> RxQueue<H> {
-    pub(crate) fn new(domain: DomId, ring: RxBackRing<Mapping<H>>, headroom: PageOffset) -> Self {
+    pub(crate) fn new(
+        domain: DomId,
+        origin: Origin,
+        ring: RxBackRing<Mapping<H>>,
+        headroom: PageOffset,
+    ) -> Self {
         Self {
             domain,
+            origin,
             ring,
             waiting: VecDeque::with_capacity(QUEUE_PACKETS),
             waiting_large: 0,
             promised: 0,
             headroom,
+            stall: Stall::default(),
+            lacking: 0,
             batch: Vec::with_capacity(BATCH),
             refusals: Refusals::default(),
             answered: false,
@@ -116,10 +131,19 @@ impl<H: Hypervisor> RxQueue<H> {
         Ok(self.promised <= posted)
     }
 
-    /// Puts a packet in the queue, or drops it if the queue is full. A queue may hold no more buffers of a size than are
+    /// Whether the guest takes nothing, so that nothing is kept for it.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.stall.is_stalled()
+    }
+
+    /// Puts a packet in the queue, or drops it if the queue is full or the guest takes nothing. A queue may hold no more buffers of a size than are
     /// `free`: then any number of guests that take nothing leave the others as much as one of them has
     /// (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998).
     pub(crate) fn enqueue(&mut self, packet: Packet<H>, free: usize) {
+        if self.is_stalled() {
+            self.drops.stalled += 1;
+            return;
+        }
         let large = packet.is_large();
         let held = if large { self.waiting_large } else { self.waiting.len() - self.waiting_large };
         if self.waiting.len() >= QUEUE_PACKETS || held > free {
@@ -142,8 +166,29 @@ impl<H: Hypervisor> RxQueue<H> {
     }
 
     /// When the oldest packet is given up.
-    pub(crate) fn expiry(&self) -> Option<Instant> {
+    fn expiry(&self) -> Option<Instant> {
         self.waiting.front().map(|packet| packet.arrived.after(EXPIRY))
+    }
+
+    /// When [`gather`](Self::gather) has something to do though nothing happens.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        [self.expiry(), self.stall.deadline()].into_iter().flatten().min()
+    }
+
+    /// Whether the guest has posted so many requests; if not, it is asked to notify when it has.
+    fn has_posted(&mut self, slots: usize, now: Instant) -> Result<bool, VifFault> {
+        self.lacking = u32::try_from(slots).unwrap_or(u32::MAX);
+        if self.ring.arm_for(self.lacking)? {
+            self.stall.served();
+            self.lacking = 0;
+            return Ok(true);
+        }
+        if self.stall.starved(now) {
+            while self.dequeue().is_some() {
+                self.drops.stalled += 1;
+            }
+        }
+        Ok(false)
     }
 
     /// Shows the guest what was delivered, if anything was.
@@ -165,6 +210,10 @@ impl<H: Hypervisor> RxQueue<H> {
         while self.expiry().is_some_and(|at| at <= now) {
             self.drops.expired += u64::from(self.dequeue().is_some());
         }
+        if self.waiting.is_empty() && self.lacking > 0 {
+            // What it was short for has expired, and it may still be short.
+            self.has_posted(usize::try_from(self.lacking).unwrap_or(usize::MAX), now)?;
+        }
         while let Some(front) = self.waiting.front() {
             let shape = self.shape(front);
             let (slots, open) = (shape.slots(), open_of(front, table));
@@ -180,10 +229,10 @@ impl<H: Hypervisor> RxQueue<H> {
             if self.batch.len() >= BATCH || copies > *room {
                 break;
             }
-            if !self.ring.arm_for(u32::try_from(slots).unwrap_or(u32::MAX))? {
+            let gone = open.is_none() && matches!(front.rest, Rest::Taken(_));
+            if !self.has_posted(slots, now)? {
                 break;
             }
-            let gone = open.is_none() && matches!(front.rest, Rest::Taken(_));
             let Some(packet) = self.dequeue() else { break };
             if gone {
                 // Its sender's rings are, and its pages with them.
@@ -257,7 +306,7 @@ impl<H: Hypervisor> RxQueue<H> {
         }
         let results = self.refusals.judge(outcome)?;
         self.answered |= !self.batch.is_empty();
-        let Self { ring, batch, counters, drops, paths, .. } = self;
+        let Self { ring, origin, batch, counters, drops, paths, .. } = self;
         for InFlight { packet, shape, requests, copies, path } in batch.drain(..) {
             let arrived = match results {
                 _ if path == Datapath::Static => true,
@@ -285,7 +334,9 @@ impl<H: Hypervisor> RxQueue<H> {
                 Rest::Taken(token) => {
                     let Some(open) = table.take(token) else { continue };
                     let copies = copies.len();
-                    relayed.push(Relayed { open, len, copies, failed: !arrived });
+                    // Nobody is to blame where Xen did not look.
+                    let failed = !arrived && results.is_some();
+                    relayed.push(Relayed { open, to: *origin, len, copies, failed });
                 }
                 Rest::None | Rest::Lent(_) => {
                     drops.grant += u64::from(!arrived && results.is_some())

@@ -41,8 +41,8 @@ pub(crate) enum TxWait {
     Budget,
     /// All buffers are out.
     Buffers,
-    /// Its rate limit, or a grant that is to be tried again.
-    Until(Instant),
+    /// [A time](TxQueue::waits_until).
+    Time,
 }
 
 struct InFlight<H: Hypervisor> {
@@ -128,6 +128,11 @@ impl<H: Hypervisor> TxQueue<H> {
         self.wait = None;
     }
 
+    /// Until when nothing is taken: for the rate limit, or as Xen would not copy.
+    pub(crate) fn waits_until(&self) -> Option<Instant> {
+        self.wait
+    }
+
     /// Whether packets were taken that are not settled.
     pub(crate) fn is_busy(&self) -> bool {
         !self.batch.is_empty()
@@ -158,7 +163,7 @@ impl<H: Hypervisor> TxQueue<H> {
     ) -> Result<TxWait, VifFault> {
         if let Some(until) = self.wait.take().filter(|until| *until > take.now) {
             self.wait = Some(until);
-            return Ok(TxWait::Until(until));
+            return Ok(TxWait::Time);
         }
         self.ring.poll()?;
         while *budget > 0 && self.batch.len() < BATCH && take.room >= COPIES_PER_PACKET {
@@ -223,7 +228,7 @@ impl<H: Hypervisor> TxQueue<H> {
         if let Err(until) = self.credit.allow(chain.size.into(), take.now) {
             self.held.push_front(chain);
             self.wait = Some(until);
-            return Some(TxWait::Until(until));
+            return Some(TxWait::Time);
         }
         if look == Datapath::Direct {
             take.openings -= 1;

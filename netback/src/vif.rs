@@ -9,6 +9,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use evtchn::Binder;
+use features::XenFeatures;
 use grant::{MapOps, Mapper};
 use hypercall::{Hypervisor, Instant, PageOffset};
 use netif::keys::{self, Features};
@@ -124,6 +125,8 @@ pub(crate) struct Around<'a, H: Hypervisor> {
     pub(crate) notices: &'a mut Vec<Notice>,
     pub(crate) features: &'a features::Features,
     pub(crate) hv: &'a H,
+    /// Whether there is an operation to copy.
+    pub(crate) grant_copy: bool,
     pub(crate) now: Instant,
 }
 
@@ -386,6 +389,10 @@ impl<H: Hypervisor> Vif<H> {
         if let Err(error) = around.features.refresh(around.hv) {
             log::warn!("{}: cannot read what Xen offers: {error}", self.id);
         }
+        let bits = around.features.snapshot().bits();
+        if !around.grant_copy && !bits.contains(XenFeatures::AUTO_TRANSLATED_PHYSMAP) {
+            return Err(Refusal::NoDatapath);
+        }
         let connector = Connector {
             mapper: around.mapper,
             binder: around.binder,
@@ -399,7 +406,10 @@ impl<H: Hypervisor> Vif<H> {
         let control = request
             .control
             .map(|control| Control::connect(hv, mapper, binder, self.id.domain, control, count));
-        let control = control.transpose()?;
+        let mut control = control.transpose()?;
+        if let Some(control) = control.as_mut().filter(|_| !around.grant_copy) {
+            control.copy_by_mapping(mapper);
+        }
         let mut queues = Vec::with_capacity(request.queues.len());
         self.life = self.life.wrapping_add(1);
         self.lent = 0;

@@ -223,3 +223,21 @@ fn without_the_translation_bit_nothing_is_mapped() {
     let (_, packet) = to_local(&mut machine, LARGE);
     assert_eq!(packet.path(), Datapath::Map);
 }
+
+#[test]
+fn a_packet_whose_checksum_is_left_to_the_receiver_goes_direct() {
+    let mut machine = machine();
+    let (from, to) = (machine.guests[0].mac(), machine.guests[1].mac());
+    // UDP over IPv4, 1,400 bytes behind the Ethernet header.
+    let mut bytes = frame(to, from, 1414, 9);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..34]
+        .copy_from_slice(&[0x45, 0, 5, 0x78, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    bytes[34..42].copy_from_slice(&[0, 7, 0, 7, 5, 0x64, 0, 0]);
+    let meta = netfront::Meta { checksum: netif::offload::Checksum::Blank, gso: None };
+    machine.guests[0].frontend().send(0, &bytes, meta).unwrap();
+    machine.settle();
+    assert!(machine.guests[1].take() == [(bytes, meta)]);
+    assert_eq!(sent(&machine, 0, Datapath::Direct), 1);
+    assert_eq!(status(&machine, 0).counters.fallbacks.changed, 0);
+}

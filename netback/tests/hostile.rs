@@ -60,6 +60,7 @@ fn assert_peer(machine: &mut Machine, guest: usize, fault: PeerFault) {
 
 fn assert_clean(machine: &mut Machine, guest: usize) {
     machine.assert_let_go(guest);
+    machine.assert_unnoticed(&[guest]);
     machine.assert_carries(0, 1);
     machine.assert_no_buffer_out();
 }

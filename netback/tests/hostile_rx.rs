@@ -45,6 +45,7 @@ fn machine() -> (Machine, usize, Raw) {
 
 fn assert_clean(machine: &mut Machine, guest: usize) {
     machine.assert_let_go(guest);
+    machine.assert_unnoticed(&[guest]);
     machine.assert_carries(0, 1);
     machine.assert_no_buffer_out();
 }
@@ -348,6 +349,7 @@ fn refused_by_xen_in_the_middle() {
 fn slots_of_any_bytes() {
     let (mut machine, first, _raw) = machine();
     machine.destroy(first);
+    machine.take_notices(first);
     let mut state = 1_u64;
     let mut random = move |below: u64| {
         state =
@@ -389,6 +391,7 @@ fn slots_of_any_bytes() {
         }
         machine.destroy(guest);
         assert_clean(&mut machine, guest);
+        machine.take_notices(guest);
         machine.guests[0].take();
         machine.guests[1].take();
         machine.guests.truncate(2);

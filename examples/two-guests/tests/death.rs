@@ -252,6 +252,7 @@ fn live(seed: u64, verbose: bool) {
         "{life:?}: left of {survivors:?}\n{}",
         state(&world)
     );
+    assert_eq!(world.backend().unwrap().backend.open(), 0, "{life:?}: chains");
 }
 
 /// What there is to say of a machine that is not as it should be.

@@ -464,6 +464,29 @@ impl Machine {
         assert_eq!(self.sim.violations(), Vec::<String>::new());
     }
 
+    /// That no interface but those of `hostile` has noticed anything: all are connected, and nothing was dropped or said.
+    pub fn assert_unnoticed(&self, hostile: &[usize]) {
+        let hostile: Vec<_> = hostile.iter().map(|guest| self.guests[*guest].id).collect();
+        for vif in self.backend.vifs().filter(|vif| !hostile.contains(&vif.id.domain)) {
+            assert_eq!(vif.state, State::Connected, "{}", vif.id);
+            let drops = (vif.counters.tx_drops, vif.counters.rx_drops);
+            assert_eq!(drops, Default::default(), "{}", vif.id);
+        }
+        let of = |notice: &&Notice| match notice {
+            Notice::Disconnected(vif)
+            | Notice::Faulted(vif, _)
+            | Notice::Refused(vif, _)
+            | Notice::Removed(vif) => !hostile.contains(&vif.domain),
+            _ => false,
+        };
+        assert_eq!(self.notices.iter().filter(of).collect::<Vec<_>>(), Vec::<&Notice>::new());
+    }
+
+    /// What domain 0 holds.
+    pub fn held(&self) -> sim::Ledger {
+        self.sim.ledger().held_by(DomId(0))
+    }
+
     /// That packets flow both ways between two guests.
     pub fn assert_carries(&mut self, one: usize, other: usize) {
         for (from, to) in [(one, other), (other, one)] {
