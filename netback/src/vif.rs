@@ -201,6 +201,15 @@ impl<H: Hypervisor> Vif<H> {
             return;
         }
         self.dirty = false;
+        if self.watch.is_none() {
+            // The store went before it was known that the offer is made.
+            self.step = if self.frontend.is_empty() {
+                Step::Probe(client.read_many(PROBE.map(|key| format!("{}/{key}", self.dir))))
+            } else {
+                self.offer(client)
+            };
+            return;
+        }
         let (dir, frontend) = (&self.dir, &self.frontend);
         self.step = Step::Look(client.read_many([
             format!("{frontend}/state"),
@@ -290,9 +299,13 @@ impl<H: Hypervisor> Vif<H> {
         self.frontend = frontend.to_string();
         self.mac = value(3).and_then(|mac| core::str::from_utf8(mac).ok()?.parse().ok());
         self.set_rate(value(4));
+        self.step = self.offer(around.client);
+    }
+
+    fn offer(&self, client: &mut Client) -> Step {
         let mut changes = negotiate::offer(&self.dir, self.max_queues);
         changes.push(self.state_change(State::InitWait));
-        self.step = Step::Offer(around.client.commit(changes));
+        Step::Offer(client.commit(changes))
     }
 
     fn offered(&mut self, around: &mut Around<'_, H>) {
