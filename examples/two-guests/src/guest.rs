@@ -191,6 +191,10 @@ impl Guest {
         self.nic.frontend_mut().open(&mut self.client);
     }
 
+    pub(crate) fn store(&mut self) -> (ConnId, &mut Client) {
+        (self.conn, &mut self.client)
+    }
+
     /// Its virtual CPU runs once. Answers whether it found anything to do.
     pub(crate) fn turn(&mut self, server: &mut Server, now: Instant) -> bool {
         let mut some = converse(server, self.conn, &mut self.client);

@@ -259,6 +259,22 @@ impl World {
         self.idle.clear();
     }
 
+    /// Somebody's connection to the store breaks, with all that was on its way, and is made anew.
+    pub fn lose_store(&mut self, actor: Actor) {
+        let guest = match actor {
+            Actor::Guest(index) => self.guests.get_mut(index).and_then(Option::as_mut),
+            _ => None,
+        };
+        let backend = self.backend.as_mut().filter(|_| actor == Actor::Backend);
+        let of = guest.map(|guest| guest.store());
+        let of = of.or(backend.map(|domain| (domain.conn, &mut domain.client)));
+        if let Some((conn, client)) = of {
+            self.server.reset(conn);
+            client.reconnect();
+        }
+        self.idle.clear();
+    }
+
     fn is_alive(&self, actor: Actor) -> bool {
         if self.frozen.contains(&actor) {
             return false;
