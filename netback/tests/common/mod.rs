@@ -334,7 +334,7 @@ impl Machine {
             }
         }
         more |= self.turn_dom0() || !self.client.pending_output().is_empty();
-        more | self.guests.iter().any(Guest::has_more)
+        more | self.upcalls.is_pending() | self.guests.iter().any(Guest::has_more)
     }
 
     /// One turn of domain 0 alone.
