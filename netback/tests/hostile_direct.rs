@@ -106,7 +106,7 @@ impl Scene {
         got.into_iter().map(|response| (response.id.0, response.status.0)).collect()
     }
 
-    fn from_mac(&self) -> [u8; 6] {
+    fn sender_mac(&self) -> [u8; 6] {
         self.machine.guests[self.sender].mac()
     }
 
@@ -139,7 +139,7 @@ impl Scene {
         assert_eq!(self.machine.backend.open(), 0);
         self.answers();
         self.received();
-        let (dst, src) = (self.machine.guests[self.receiver].mac(), self.from_mac());
+        let (dst, src) = (self.machine.guests[self.receiver].mac(), self.sender_mac());
         let last = frame(dst, src, SIZE.into(), 77);
         self.from.data.write_bytes(0, &last);
         self.post(1);
