@@ -102,6 +102,8 @@ pub(crate) struct Vif<H: Hypervisor> {
     step: Step,
     /// Something changed since the last look began.
     dirty: bool,
+    /// The store may have missed what we wrote.
+    unsure: bool,
     pub(crate) mac: Option<MacAddr>,
     rate: RateLimit,
     max_queues: u16,
@@ -159,6 +161,7 @@ impl<H: Hypervisor> Vif<H> {
             own: State::Initialising,
             step: Step::Probe(probe),
             dirty: false,
+            unsure: false,
             mac: None,
             rate: RateLimit::UNLIMITED,
             max_queues,
@@ -266,7 +269,7 @@ impl<H: Hypervisor> Vif<H> {
             (Step::Write(_), Ok(_)) | (Step::Idle, _) => {}
             (_, Err(Error::Disconnected)) => {
                 // The store is gone, the guest is not: packets go on. Look again when the store is back.
-                self.dirty = true;
+                (self.dirty, self.unsure) = (true, true);
                 return true;
             }
             (Step::Probe(_) | Step::Offer(_), result) => {
@@ -320,6 +323,12 @@ impl<H: Hypervisor> Vif<H> {
         if value(1).is_none() {
             // Our own directory was taken away.
             self.own = State::Unknown;
+        }
+        let missed = core::mem::take(&mut self.unsure) && self.own != State::parse(value(1));
+        if missed && value(1).is_some() {
+            self.dirty = true;
+            self.write_states(&[self.own], None, around);
+            return;
         }
         self.set_rate(value(4));
         if !self.queues.is_empty() {

@@ -273,7 +273,7 @@ fn whatever_fails_in_a_guest_with_static_pages_once_all_recover() {
 }
 
 /// Turns in which a connection comes about, carries packets and ends.
-const TURNS: u64 = 450;
+const TURNS: u64 = 900;
 
 #[test]
 fn whenever_somebody_loses_the_store_all_recover() {
