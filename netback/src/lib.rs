@@ -5,6 +5,7 @@
 extern crate alloc;
 
 pub mod backend;
+mod carry;
 pub mod counters;
 pub mod ctrl;
 pub mod datapath;
