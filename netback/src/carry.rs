@@ -142,7 +142,7 @@ impl<H: Hypervisor> Backend<H> {
         if core::mem::take(&mut self.planned_maps) == 0 {
             return;
         }
-        let Self { table, mapper, map_ops, scratch, vifs, features, hv, .. } = self;
+        let Self { table, mapper, map_ops, scratch, vifs, features, modes, hv, .. } = self;
         let requests = staging.iter().filter(|staged| matches!(staged.plan, Plan::Map(..)));
         let requests = requests.filter_map(|staged| match &staged.packet.rest {
             Rest::Taken(token) => Some((table.get(token)?, staged.packet.bytes().len())),
@@ -154,10 +154,12 @@ impl<H: Hypervisor> Backend<H> {
             slots.map(move |(gref, ..)| MapRequest { domain, gref, read_only: true })
         });
         mapper.map_batch(map_ops, requests, |result| scratch.mapped.push(result));
-        // The identity mapping is there if the bit was while Xen mapped. It may have gone since it was last read.
-        let refreshed = features.refresh(hv);
-        let identity =
-            refreshed.is_ok_and(|snapshot| snapshot.has(XenFeatures::GRANT_MAP_IDENTITY));
+        // The identity mapping is there if the bit was while Xen mapped. It may have gone since it was last read. Other
+        // mappings do not hang on a bit, and are not worth a call.
+        let identity = modes.up().mapping() == Some(Datapath::MapIdentity)
+            && features
+                .refresh(hv)
+                .is_ok_and(|snapshot| snapshot.has(XenFeatures::GRANT_MAP_IDENTITY));
         let mut results = scratch.mapped.drain(..);
         for staged in staging {
             let Plan::Map(to, path) = staged.plan else { continue };
