@@ -43,12 +43,10 @@ impl Drop for Terminal {
 }
 
 /// Starts the machine and joins its serial line with the terminal until Ctrl-] or the machine's end.
-pub fn interactive(name: &str, plan: &Plan<'_>) -> Result<()> {
+pub fn interactive(name: &str, plan: &dyn Plan) -> Result<()> {
     let dir = fresh(name)?;
     eprintln!("{name}: what it prints is kept in {}", paths::shown(&dir));
-    eprintln!(
-        "Ctrl-a three times moves the keyboard: dom0, guest 1, guest 2, Xen. Ctrl-] leaves.\n"
-    );
+    eprintln!("Ctrl-a three times moves the keyboard: dom0, each guest, Xen. Ctrl-] leaves.\n");
     let machine = Machine::start(plan, &dir, true)?;
     let terminal = Terminal::raw();
     let (send, typed) = mpsc::channel();

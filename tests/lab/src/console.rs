@@ -3,38 +3,30 @@
 //! Xen writes what guest N says as `(XEN) DOMN: ...`, its own messages as `(XEN) ...`, and dom0's as they come. Input goes
 //! to one domain at a time; Ctrl-a three times moves it on, and Xen says where to.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
 /// Whose line it is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Source {
-    /// A domain by number: 0, 1 or 2.
+    /// A domain by number.
     Dom(usize),
     /// Xen itself.
     Xen,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::Dom(0), Self::Dom(1), Self::Dom(2), Self::Xen];
-
     /// The name of its log file.
     pub fn log(self) -> String {
         match self {
             Self::Dom(n) => format!("dom{n}.log"),
             Self::Xen => "xen.log".to_owned(),
-        }
-    }
-
-    fn index(self) -> usize {
-        match self {
-            Self::Dom(n) => n,
-            Self::Xen => 3,
         }
     }
 }
@@ -48,11 +40,37 @@ pub struct Line {
     pub text: String,
 }
 
+impl State {
+    fn lines(&self, source: Source) -> &[Line] {
+        self.lines.get(&source).map_or(&[], Vec::as_slice)
+    }
+}
+
 #[derive(Default)]
 struct State {
-    lines: [Vec<Line>; 4],
+    lines: BTreeMap<Source, Vec<Line>>,
     focus: Option<Source>,
     closed: bool,
+}
+
+/// A file for each who says something.
+struct Logs {
+    dir: PathBuf,
+    files: BTreeMap<Source, File>,
+}
+
+impl Logs {
+    /// A full disk shows as short logs; the run itself goes on.
+    fn write(&mut self, source: Source, text: &str) {
+        if !self.files.contains_key(&source)
+            && let Ok(file) = File::create(self.dir.join(source.log()))
+        {
+            self.files.insert(source, file);
+        }
+        if let Some(file) = self.files.get_mut(&source) {
+            let _ = writeln!(file, "{text}");
+        }
+    }
 }
 
 struct Shared {
@@ -73,6 +91,8 @@ pub struct Console {
 }
 
 const SWITCH: &[u8] = b"\x01\x01\x01";
+/// More than Xen needs to offer its input to every domain.
+const TURNS: usize = 16;
 const PREFIX: &str = "(XEN) ";
 /// A guest's console takes this many bytes before its driver has to have read some.
 const FIFO: usize = 28;
@@ -85,12 +105,8 @@ impl Console {
         dir: &Path,
         echo: bool,
     ) -> Result<Self> {
-        let create = |name: &str| {
-            File::create(dir.join(name)).with_context(|| format!("cannot write {name}"))
-        };
-        let mut raw = create("serial.log")?;
-        let mut logs =
-            Source::ALL.map(|s| create(&s.log())).into_iter().collect::<Result<Vec<_>>>()?;
+        let mut raw = File::create(dir.join("serial.log")).context("cannot write serial.log")?;
+        let mut logs = Logs { dir: dir.to_path_buf(), files: BTreeMap::new() };
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
         let writer = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -111,17 +127,13 @@ impl Console {
                 let mut state = writer.lock();
                 let at = Instant::now();
                 for (source, text) in lines {
-                    if let Some(log) = logs.get_mut(source.index()) {
-                        let _ = writeln!(log, "{text}");
-                    }
+                    logs.write(source, &text);
                     if source == Source::Xen
                         && let Some(focus) = focus(&text)
                     {
                         state.focus = Some(focus);
                     }
-                    if let Some(list) = state.lines.get_mut(source.index()) {
-                        list.push(Line { at, text });
-                    }
+                    state.lines.entry(source).or_default().push(Line { at, text });
                 }
                 writer.changed.notify_all();
             }
@@ -133,13 +145,12 @@ impl Console {
 
     /// How many lines have come from there: a place to look from.
     pub fn mark(&self, source: Source) -> usize {
-        self.shared.lock().lines.get(source.index()).map_or(0, Vec::len)
+        self.shared.lock().lines(source).len()
     }
 
     /// The lines from there since a mark.
     pub fn since(&self, source: Source, mark: usize) -> Vec<Line> {
-        let state = self.shared.lock();
-        state.lines.get(source.index()).and_then(|l| l.get(mark..)).unwrap_or_default().to_vec()
+        self.shared.lock().lines(source).get(mark..).unwrap_or_default().to_vec()
     }
 
     /// Waits for a line from there, at or after `mark`, of which `pick` makes something.
@@ -152,7 +163,7 @@ impl Console {
     ) -> Result<T> {
         let mut at = mark;
         let found = self.until(limit, |state| {
-            let lines = state.lines.get(source.index())?;
+            let lines = state.lines(source);
             let found = lines.get(at..).unwrap_or_default().iter().find_map(&mut pick);
             at = lines.len().max(at);
             found
@@ -197,7 +208,7 @@ impl Console {
 
     /// Moves the input on until it is there.
     fn turn(&self, to: Source) -> Result<()> {
-        for _ in 0..8 {
+        for _ in 0..TURNS {
             if self.shared.lock().focus == Some(to) {
                 return Ok(());
             }
@@ -260,13 +271,15 @@ impl Splitter {
             return Some((Source::Dom(0), text));
         };
         self.started.push_str(before);
-        for n in 1..=2 {
-            if let Some(text) = xen.strip_prefix(&format!("DOM{n}: ")) {
-                return Some((Source::Dom(n), text.to_owned()));
-            }
-        }
-        Some((Source::Xen, xen.to_owned()))
+        let (source, text) = guest(xen).unwrap_or((Source::Xen, xen));
+        Some((source, text.to_owned()))
     }
+}
+
+/// Which guest said it, and what.
+fn guest(xen: &str) -> Option<(Source, &str)> {
+    let (number, text) = xen.strip_prefix("DOM")?.split_once(": ")?;
+    Some((Source::Dom(number.parse().ok()?), text))
 }
 
 #[cfg(test)]
@@ -276,13 +289,15 @@ mod tests {
     #[test]
     fn lines_go_to_whom_they_belong() {
         let mut splitter = Splitter::default();
-        let text = b"hel(XEN) DOM1: one\r\nlo\r\n(XEN) Freed 348kB\n(XEN) DOM2: (XEN) x\n";
+        let text =
+            b"hel(XEN) DOM1: one\r\nlo\r\n(XEN) Freed 348kB\n(XEN) DOM12: (XEN) x\n(XEN) DOMx: y\n";
         let lines: Vec<_> = text.chunks(5).flat_map(|c| splitter.feed(c)).collect();
         let expected = [
             (Source::Dom(1), "one"),
             (Source::Dom(0), "hello"),
             (Source::Xen, "Freed 348kB"),
-            (Source::Dom(2), "(XEN) x"),
+            (Source::Dom(12), "(XEN) x"),
+            (Source::Xen, "DOMx: y"),
         ];
         assert_eq!(lines, expected.map(|(s, t)| (s, t.to_owned())));
     }

@@ -81,7 +81,7 @@ impl Answer {
 
 impl Run {
     /// Starts the machine of a scenario; its files go to `target/lab/NAME`, replacing those of the run before.
-    pub fn start(name: &str, plan: &Plan<'_>) -> Result<Self> {
+    pub fn start(name: &str, plan: &dyn Plan) -> Result<Self> {
         let dir = fresh(name)?;
         let machine = Machine::start(plan, &dir, false)?;
         Ok(Self {

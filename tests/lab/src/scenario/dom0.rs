@@ -10,21 +10,21 @@ use crate::boot;
 use crate::capture;
 use crate::console::Source;
 use crate::images::{self, Images};
-use crate::machine::Plan;
+use crate::machine::aarch64::{Board, Domain};
 use crate::run::{Run, Tally};
 use crate::toolchain::{self, IMAGE_LIMIT};
 
-pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &'a str) -> Plan<'a> {
-    Plan {
+pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &str) -> Board<'a> {
+    Board {
         xen: &images.xen,
-        dom0,
-        dom0_initramfs: None,
-        dom0_memory: "32M",
-        dom0_arguments: "",
-        guest: &images.linux,
-        guest_initramfs: &images.guest,
-        guest_arguments,
+        dom0: ours(dom0),
+        guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
     }
+}
+
+/// This project's dom0.
+pub fn ours(kernel: &Path) -> Domain<'_> {
+    Domain { kernel, initramfs: None, arguments: String::new(), memory: 32, vcpus: 1 }
 }
 
 pub fn prepare() -> Result<(Images, PathBuf)> {

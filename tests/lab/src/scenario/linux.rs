@@ -6,19 +6,20 @@ use super::traffic;
 use crate::boot;
 use crate::console::Source;
 use crate::images::{self, Images};
-use crate::machine::Plan;
+use crate::machine::aarch64::{Board, Domain};
 use crate::run::{Run, Tally};
 
-fn plan<'a>(images: &'a Images, guest_arguments: &'a str) -> Plan<'a> {
-    Plan {
+fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
+    Board {
         xen: &images.xen,
-        dom0: &images.linux,
-        dom0_initramfs: images.linux_dom0.as_deref(),
-        dom0_memory: "512M",
-        dom0_arguments: "console=hvc0 rdinit=/init quiet",
-        guest: &images.linux,
-        guest_initramfs: &images.guest,
-        guest_arguments,
+        dom0: Domain {
+            kernel: &images.linux,
+            initramfs: images.linux_dom0.as_deref(),
+            arguments: "console=hvc0 rdinit=/init quiet".to_owned(),
+            memory: 512,
+            vcpus: 1,
+        },
+        guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
     }
 }
 
