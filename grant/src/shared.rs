@@ -44,10 +44,13 @@ unsafe impl Send for SharedPage {}
 unsafe impl Sync for SharedPage {}
 
 impl SharedPage {
+    /// The page at `base`.
+    ///
     /// # Safety
     /// `base` is aligned to a page and valid for atomic reads and writes of a page for as long as the value lives (for
     /// reads alone, if nothing is ever stored through it), and no reference to the page exists meanwhile.
-    pub(crate) const unsafe fn new(base: NonNull<u8>) -> Self {
+    #[must_use]
+    pub const unsafe fn new(base: NonNull<u8>) -> Self {
         Self { base }
     }
 

@@ -93,6 +93,27 @@ pub unsafe trait Hypervisor: Clone + Send + Sync + 'static {
     /// As Xen answers.
     fn close(&self, port: Port) -> Result<(), Errno>;
 
+    /// Has Xen deliver the events of a virtual CPU through queues that begin in the control block at the start of frame
+    /// `control` (`EVTCHNOP_init_control`), and all events of the domain through an event array, which is empty at first.
+    ///
+    /// # Errors
+    /// As Xen answers: [`Errno::NOSYS`] or [`Errno::PERM`] where there is none of that, [`Errno::INVAL`] when the CPU has a
+    /// control block already.
+    ///
+    /// # Safety
+    /// The page behind `control` is one of the caller's own, and stays so: from now on Xen writes there, as long as this
+    /// domain lives on this machine. Nothing may reach it but by atomics.
+    unsafe fn init_control(&self, vcpu: VcpuId, control: Gfn) -> Result<(), Errno>;
+
+    /// Adds a page to the event array (`EVTCHNOP_expand_array`): the words of the next 1,024 ports.
+    ///
+    /// # Errors
+    /// As Xen answers: [`Errno::NOSPC`] when the array has all the pages there can be.
+    ///
+    /// # Safety
+    /// As for [`init_control`](Self::init_control).
+    unsafe fn expand_array(&self, page: Gfn) -> Result<(), Errno>;
+
     /// The page that holds this domain's event bits, laid out as [`arch::shared_info`](crate::arch::shared_info) says.
     /// Valid as long as any handle lives.
     fn shared_info(&self) -> NonNull<u8>;
@@ -231,13 +252,24 @@ impl fmt::Display for ShutdownReason {
     }
 }
 
-/// How a domain ends itself: `PowerOff` or `Crash` (`SCHEDOP_shutdown`).
+/// How a domain ends itself (`SCHEDOP_shutdown`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shutdown {
     /// Done.
     PowerOff,
+    /// To be started again.
+    Reboot,
     /// Broken.
     Crash,
+}
+
+/// How a suspend ended (`SHUTDOWN_suspend`, sched.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suspended {
+    /// In another domain: Xen knows nothing of what this one had set up.
+    Resumed,
+    /// In the same domain, with all that it had: whoever asked for the suspend took that back, or wanted a copy only.
+    Cancelled,
 }
 
 /// What Xen allows the domain that starts and looks after the others (dom0) beyond [`Hypervisor`].

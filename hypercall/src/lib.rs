@@ -10,7 +10,7 @@ mod types;
 
 pub use error::{Errno, GrantStatus};
 pub use hypervisor::{
-    DomainInfo, GrantTableSize, Hypervisor, Shutdown, ShutdownReason, Toolstack, Window,
+    DomainInfo, GrantTableSize, Hypervisor, Shutdown, ShutdownReason, Suspended, Toolstack, Window,
 };
 pub use native::{Platform, Xen};
 pub use types::{

@@ -108,6 +108,7 @@ impl<P: Platform> Xen<P> {
     pub fn shutdown(&self, how: Shutdown) -> ! {
         let mut reason: u32 = match how {
             Shutdown::PowerOff => 0,
+            Shutdown::Reboot => 1,
             Shutdown::Crash => 3,
         };
         loop {
@@ -211,6 +212,23 @@ unsafe impl<P: Platform> Hypervisor for Xen<P> {
     fn close(&self, port: Port) -> Result<(), Errno> {
         // SAFETY: `struct evtchn_close` is the port.
         unsafe { self.evtchn(op::EVTCHN_CLOSE, port) }.map(|_| ())
+    }
+
+    unsafe fn init_control(&self, vcpu: VcpuId, control: Gfn) -> Result<(), Errno> {
+        let ask = abi::EvtchnInitControl {
+            control_gfn: control,
+            offset: 0,
+            vcpu,
+            link_bits: 0,
+            pad: [0; 7],
+        };
+        // SAFETY: the structure is that of the command; the page is the caller's promise.
+        unsafe { self.evtchn(op::EVTCHN_INIT_CONTROL, ask) }.map(|_| ())
+    }
+
+    unsafe fn expand_array(&self, page: Gfn) -> Result<(), Errno> {
+        // SAFETY: `struct evtchn_expand_array` is the frame; the page is the caller's promise.
+        unsafe { self.evtchn(op::EVTCHN_EXPAND_ARRAY, page) }.map(|_| ())
     }
 
     fn shared_info(&self) -> NonNull<u8> {

@@ -1,27 +1,33 @@
-//! Words for whoever reads Xen's console: the backend of `log`, and what is said of a crash.
+//! Words for whoever reads this domain's console: the backend of `log`, and what is said of a crash.
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
+use crate::arch;
 use crate::clock::NANOS;
-use crate::machine::HV;
 
-/// Gathers text, so that a line is one hypercall and other domains' output cannot fall into it. It is on the caller's
+/// Gathers text, so that a line is one write and other domains' output cannot fall into it. It is on the caller's
 /// stack: there is no lock to be stuck behind when something goes wrong while printing.
 pub struct Line {
     text: [u8; 256],
     length: usize,
+    write: fn(&[u8]),
 }
 
 impl Line {
     pub const fn new() -> Self {
-        Self { text: [0; 256], length: 0 }
+        Self { text: [0; 256], length: 0, write: arch::write }
+    }
+
+    /// For what is said before the domain ends itself: it goes wherever it may be read.
+    pub const fn last() -> Self {
+        Self { text: [0; 256], length: 0, write: arch::last_words }
     }
 
     pub fn flush(&mut self) {
-        HV.console_write(self.text.get(..self.length).unwrap_or_default());
+        (self.write)(self.text.get(..self.length).unwrap_or_default());
         self.length = 0;
     }
 }
@@ -55,7 +61,7 @@ static OPEN: AtomicBool = AtomicBool::new(false);
 /// Prints bytes as they are: an answer, or a prompt. A line may be left open; the next line of `log` ends it.
 pub fn print(text: &[u8]) {
     if let Some(last) = text.last() {
-        HV.console_write(text);
+        arch::write(text);
         OPEN.store(*last != b'\n', Ordering::Relaxed);
     }
 }
@@ -108,6 +114,6 @@ pub fn init() {
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     end_open_line();
-    let _ = writeln!(Line::new(), "[PANIC] {info}");
-    HV.shutdown(hypercall::Shutdown::Crash)
+    let _ = writeln!(Line::last(), "[PANIC] {info}");
+    crate::machine::HV.shutdown(hypercall::Shutdown::Crash)
 }

@@ -15,21 +15,26 @@ mod heap;
 mod machine;
 mod pages;
 mod ranges;
+mod sleep;
+mod store;
 mod tree;
 mod windows;
 
-pub use arch::{idle, now};
+pub use arch::{now, suspend};
 pub use console::{is_line_open, print};
 pub use heap::{HeapStats, heap_stats};
+pub use hypercall::Suspended;
 pub use machine::{Hv, Machine};
+pub use sleep::Sleep;
+pub use store::{OwnPage, StoreRing, store_ring};
 pub use windows::WINDOWS;
 
 /// What the machine said of itself at boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootInfo {
-    /// The command line, from `/chosen/bootargs`; empty if there is none.
+    /// The command line; empty if there is none.
     pub bootargs: &'static str,
-    /// Bytes of memory that this domain was given, the image and the device tree included.
+    /// Bytes of memory that this domain was given, the image included.
     pub memory: u64,
 }
 

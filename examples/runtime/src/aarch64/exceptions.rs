@@ -83,7 +83,7 @@ extern "C" fn report(registers: &[u64; 31], vector: u64) -> ! {
 
     let (esr, elr, far) = (ESR_EL1.get(), ELR_EL1.get(), FAR_EL1.get());
     let base = place(&__image_start);
-    let mut line = Line::new();
+    let mut line = Line::last();
     // Writing to a `Line` never fails.
     let _ = writeln!(
         line,

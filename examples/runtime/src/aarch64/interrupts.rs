@@ -4,7 +4,6 @@
 //! controller is asked what it was. So no handler runs between two instructions of anything else.
 
 use core::ptr::{NonNull, with_exposed_provenance_mut};
-use core::sync::atomic::{AtomicU8, Ordering};
 
 use aarch64_cpu::asm::{barrier, wfi};
 use aarch64_cpu::registers::{
@@ -13,14 +12,14 @@ use aarch64_cpu::registers::{
 use arm_gic::gicv3::registers::{Gicd, GicrSgi};
 use arm_gic::gicv3::{GicCpuInterface, GicV3};
 use arm_gic::{IntId, InterruptGroup, UniqueMmioPointer};
-use hypercall::arch::shared_info::UPCALL_PENDING;
-use hypercall::{Hypervisor, Instant};
+use evtchn::{Binder, Channel};
+use hypercall::{Errno, Instant};
 
 use crate::clock;
-use crate::machine::HV;
+use crate::machine::Hv;
 use crate::tree::Gic;
 
-/// Nanoseconds since Xen created this domain: the virtual counter, which Xen starts at 0.
+/// Nanoseconds since Xen created this domain: the virtual counter, which Xen starts at 0. Never goes back.
 #[must_use]
 pub fn now() -> Instant {
     // Without the barrier the counter may be read before the instructions in front of it are done.
@@ -48,43 +47,34 @@ pub unsafe fn init(gic: &Gic, event_ppi: u32, timer_ppi: u32) -> Option<()> {
     Some(())
 }
 
-/// Sleeps until an event channel is pending or until the deadline, whichever comes first; without a deadline, until
-/// an event. Uses no processor time meanwhile.
+/// No event channel is the clock's alarm here: the timer has an interrupt of its own.
+pub fn bind_timer(_: &Binder<Hv>) -> Result<Option<Channel<Hv>>, Errno> {
+    Ok(None)
+}
+
+/// Waits for an interrupt, until the deadline at most. Uses no processor time meanwhile.
 ///
-/// "Pending" is `evtchn_upcall_pending` in the shared info page: clear it, then scan, then sleep. No event is missed:
-/// Xen sets the flag before it raises the interrupt. Interrupts that are acknowledged here were raised before the flag
-/// is looked at. One that is raised later stays pending until the next round, and `WFI` returns at once while one is,
-/// masked or not: Xen blocks the vCPU first and looks for pending interrupts afterwards
-/// (`vcpu_block_unless_event_pending`). The same holds for the timer.
+/// No event is missed: interrupts that [`acknowledge`] took note of were raised before the flag was looked at. One that is
+/// raised later stays pending until the next round, and `WFI` returns at once while one is, masked or not: Xen blocks the
+/// vCPU first and looks for pending interrupts afterwards (`vcpu_block_unless_event_pending`). The same holds for the
+/// timer.
 ///
 /// `SCHEDOP_block` would not do: Xen unmasks the caller's interrupts in it.
-pub fn idle(until: Option<Instant>) {
-    loop {
-        acknowledge();
-        if upcall_pending() || until.is_some_and(|deadline| now() >= deadline) {
-            break;
-        }
-        if let Some(deadline) = until {
-            CNTV_CVAL_EL0.set(clock::ticks(deadline, CNTFRQ_EL0.get()));
-            // Each time anew: when the timer fires, Xen masks it (`vtimer_interrupt`).
-            CNTV_CTL_EL0.write(CNTV_CTL_EL0::ENABLE::SET);
-        }
-        barrier::dsb(barrier::SY);
-        wfi();
+pub fn wait(until: Option<Instant>) {
+    if let Some(deadline) = until {
+        CNTV_CVAL_EL0.set(clock::ticks(deadline, CNTFRQ_EL0.get()));
+        // Each time anew: when the timer fires, Xen masks it (`vtimer_interrupt`).
+        CNTV_CTL_EL0.write(CNTV_CTL_EL0::ENABLE::SET);
     }
+    barrier::dsb(barrier::SY);
+    wfi();
 }
 
 /// Takes note of all interrupts that are pending now. What they mean is looked up elsewhere: in the shared info page
 /// and on the clock.
-fn acknowledge() {
+pub fn acknowledge() {
     // First the timer, or its level would raise the interrupt again.
     CNTV_CTL_EL0.set(0);
     barrier::isb(barrier::SY);
     while GicCpuInterface::handle_interrupt(InterruptGroup::Group1, |_| ()) {}
-}
-
-fn upcall_pending() -> bool {
-    // SAFETY: the shared info page is mapped for good; Xen and we access the flag as one byte.
-    let flag = unsafe { AtomicU8::from_ptr(HV.shared_info().add(UPCALL_PENDING).as_ptr()) };
-    flag.load(Ordering::Acquire) != 0
 }

@@ -6,12 +6,12 @@ mod interrupts;
 mod mmu;
 
 use core::ops::Range;
-use core::ptr::with_exposed_provenance;
+use core::ptr::{NonNull, with_exposed_provenance};
 use core::slice;
 
-use hypercall::{Errno, Gfn, PAGE_SIZE};
+use hypercall::{Errno, Gfn, PAGE_SIZE, Suspended};
 
-pub use interrupts::{idle, now};
+pub use interrupts::{acknowledge, bind_timer, now, wait};
 
 use crate::machine::{self, HV, PAGES, WINDOW_BYTES};
 use crate::ranges::Ranges;
@@ -34,6 +34,30 @@ unsafe extern "C" {
 unsafe extern "Rust" {
     /// What [`entry!`](crate::entry) defines.
     safe fn runtime_main(hv: Hv, boot: BootInfo) -> !;
+}
+
+/// Asks to be suspended: to be saved, moved, or copied.
+///
+/// # Errors
+/// [`Errno::NOSYS`]: Xen on Arm has no way to save a domain.
+pub fn suspend(_: &Hv) -> Result<Suspended, Errno> {
+    Err(Errno::NOSYS)
+}
+
+/// Prints on this domain's console.
+pub fn write(text: &[u8]) {
+    HV.console_write(text);
+}
+
+/// Prints what is said before the domain ends itself.
+pub fn last_words(text: &[u8]) {
+    write(text);
+}
+
+/// Where we see a frame of our own that the toolstack set aside, mapped for good.
+pub fn show(_: Gfn) -> Option<NonNull<u8>> {
+    // dom0, whose store has no ring to itself.
+    None
 }
 
 fn place(symbol: &u8) -> u64 {
