@@ -27,7 +27,7 @@ use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
 use netback::datapath::{Arch, Facts, Policy, Uplink, Withdrawal};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Notice};
-use runtime::{BootInfo, Hv};
+use runtime::{BootInfo, Hv, Sleep};
 use smoltcp::wire::{IpCidr, Ipv4Address, Ipv6Address};
 use xenbus::client::Event;
 
@@ -50,6 +50,7 @@ const LARGE_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(95);
 struct Dom0 {
     hv: Hv,
     upcalls: Upcalls<Hv>,
+    sleep: Sleep,
     mapper: Mapper<Hv>,
     store: Store,
     backend: Backend<Hv>,
@@ -66,7 +67,7 @@ fn run(hv: Hv, boot: BootInfo) -> ! {
         Ok(mut dom0) => loop {
             if !dom0.turn(runtime::now()) {
                 let deadline = dom0.deadline(runtime::now());
-                runtime::idle(Some(deadline));
+                dom0.sleep.until(Some(deadline));
             }
         },
         Err(error) => {
@@ -83,6 +84,7 @@ impl Dom0 {
         let now = runtime::now();
         let upcalls = Upcalls::new(&hv, VcpuId(0));
         let binder = upcalls.binder();
+        let sleep = Sleep::new(&binder)?;
         let mapper = Mapper::new(&hv);
         let mut store = Store::new(hv);
         let config = Config {
@@ -116,6 +118,7 @@ impl Dom0 {
         Ok(Self {
             hv,
             upcalls,
+            sleep,
             mapper,
             store,
             backend,
@@ -163,7 +166,11 @@ impl Dom0 {
     }
 
     fn on_event(&mut self, port: Port, now: Instant) {
-        if self.backend.on_event(port) || self.store.on_event(port) || self.console.on_event(port) {
+        if self.backend.on_event(port)
+            || self.store.on_event(port)
+            || self.console.on_event(port)
+            || self.sleep.on_event(port)
+        {
             return;
         }
         if port == self.exceptions.port() {
