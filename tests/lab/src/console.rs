@@ -1,7 +1,7 @@
 //! The serial line of the machine: Xen's messages and every domain's console, told apart, kept in files, and typed into.
 //!
-//! Xen writes what guest N says as `(XEN) DOMN: ...`, its own messages as `(XEN) ...`, and dom0's as they come. Input goes
-//! to one domain at a time; Ctrl-a three times moves it on, and Xen says where to.
+//! Xen writes what guest N says as `(XEN) DOMN: ...`, its own messages as `(XEN) ...`, and dom0's as they come. Guests of xl
+//! have their consoles in dom0, which repeats what they say as `(LAB) DOMN: ...`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,6 +27,27 @@ impl Source {
         match self {
             Self::Dom(n) => format!("dom{n}.log"),
             Self::Xen => "xen.log".to_owned(),
+        }
+    }
+}
+
+/// How what is typed gets to a guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// Xen gives it to one domain at a time; Ctrl-a three times moves it on, and Xen says where to.
+    Switched,
+    /// dom0 has all of it, and passes `>N TEXT` on to guest N.
+    Relayed,
+}
+
+impl Input {
+    /// So many bytes are taken at once, and then after this time again.
+    fn pace(self) -> (usize, Duration) {
+        match self {
+            // The FIFO of a guest's emulated UART, which its driver has to empty.
+            Self::Switched => (28, Duration::from_millis(120)),
+            // Half of what Xen keeps for dom0.
+            Self::Relayed => (64, Duration::from_millis(40)),
         }
     }
 }
@@ -88,20 +109,21 @@ impl Shared {
 pub struct Console {
     shared: Arc<Shared>,
     input: Mutex<Box<dyn Write + Send>>,
+    way: Input,
 }
 
 const SWITCH: &[u8] = b"\x01\x01\x01";
 /// More than Xen needs to offer its input to every domain.
 const TURNS: usize = 16;
 const PREFIX: &str = "(XEN) ";
-/// A guest's console takes this many bytes before its driver has to have read some.
-const FIFO: usize = 28;
+const RELAYED: &str = "(LAB) ";
 
 impl Console {
     /// Starts reading `output`; logs go to `dir`; `echo` repeats everything on standard output.
     pub fn start(
         mut output: impl Read + Send + 'static,
         input: impl Write + Send + 'static,
+        way: Input,
         dir: &Path,
         echo: bool,
     ) -> Result<Self> {
@@ -140,7 +162,7 @@ impl Console {
             writer.lock().closed = true;
             writer.changed.notify_all();
         });
-        Ok(Self { shared, input: Mutex::new(Box::new(input)) })
+        Ok(Self { shared, input: Mutex::new(Box::new(input)), way })
     }
 
     /// How many lines have come from there: a place to look from.
@@ -220,17 +242,29 @@ impl Console {
         bail!("Xen's serial input cannot be switched to {to:?}")
     }
 
-    /// Types a line to a domain. Its FIFO is small: a long line goes in pieces, with time to read them.
-    /// The input then rests at dom0, since Xen does not mark the output of the guest that has it.
+    /// Types a line to a domain: a long line in pieces, with time to read them.
     pub fn type_line(&self, domain: usize, line: &str) -> Result<()> {
-        self.turn(Source::Dom(domain))?;
-        for (i, piece) in format!("{line}\n").as_bytes().chunks(FIFO).enumerate() {
+        match self.way {
+            Input::Switched => {
+                self.turn(Source::Dom(domain))?;
+                self.type_slowly(&format!("{line}\n"))?;
+                // Xen does not mark the output of the guest that has the input, so that rests at dom0.
+                self.turn(Source::Dom(0))
+            }
+            Input::Relayed if domain == 0 => self.type_slowly(&format!("{line}\n")),
+            Input::Relayed => self.type_slowly(&format!(">{domain} {line}\n")),
+        }
+    }
+
+    fn type_slowly(&self, text: &str) -> Result<()> {
+        let (size, pause) = self.way.pace();
+        for (i, piece) in text.as_bytes().chunks(size).enumerate() {
             if i > 0 {
-                std::thread::sleep(Duration::from_millis(120));
+                std::thread::sleep(pause);
             }
             self.write(piece)?;
         }
-        self.turn(Source::Dom(0))
+        Ok(())
     }
 }
 
@@ -268,7 +302,10 @@ impl Splitter {
     fn whole(&mut self, line: &str) -> Option<(Source, String)> {
         let Some((before, xen)) = line.split_once(PREFIX) else {
             let text = std::mem::take(&mut self.started) + line;
-            return Some((Source::Dom(0), text));
+            return Some(match text.strip_prefix(RELAYED).and_then(guest) {
+                Some((source, text)) => (source, text.to_owned()),
+                None => (Source::Dom(0), text),
+            });
         };
         self.started.push_str(before);
         let (source, text) = guest(xen).unwrap_or((Source::Xen, xen));
@@ -277,8 +314,8 @@ impl Splitter {
 }
 
 /// Which guest said it, and what.
-fn guest(xen: &str) -> Option<(Source, &str)> {
-    let (number, text) = xen.strip_prefix("DOM")?.split_once(": ")?;
+fn guest(line: &str) -> Option<(Source, &str)> {
+    let (number, text) = line.strip_prefix("DOM")?.split_once(": ")?;
     Some((Source::Dom(number.parse().ok()?), text))
 }
 
@@ -290,7 +327,8 @@ mod tests {
     fn lines_go_to_whom_they_belong() {
         let mut splitter = Splitter::default();
         let text =
-            b"hel(XEN) DOM1: one\r\nlo\r\n(XEN) Freed 348kB\n(XEN) DOM12: (XEN) x\n(XEN) DOMx: y\n";
+            b"hel(XEN) DOM1: one\r\nlo\r\n(XEN) Freed 348kB\n(XEN) DOM12: (XEN) x\n(XEN) DOMx: y\n\
+              (LAB) D(XEN) z\nOM3: two\n(LAB) else\n";
         let lines: Vec<_> = text.chunks(5).flat_map(|c| splitter.feed(c)).collect();
         let expected = [
             (Source::Dom(1), "one"),
@@ -298,6 +336,9 @@ mod tests {
             (Source::Xen, "Freed 348kB"),
             (Source::Dom(12), "(XEN) x"),
             (Source::Xen, "DOMx: y"),
+            (Source::Xen, "z"),
+            (Source::Dom(3), "two"),
+            (Source::Dom(0), "(LAB) else"),
         ];
         assert_eq!(lines, expected.map(|(s, t)| (s, t.to_owned())));
     }

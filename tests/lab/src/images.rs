@@ -2,17 +2,33 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use sha2::{Digest as _, Sha256};
 
 use crate::cpio::Tree;
 use crate::elf;
-use crate::packages::{GUEST, LINUX_DOM0, Packages};
+use crate::packages::{self, GUEST, LINUX_DOM0, Packages, XL};
 use crate::paths;
 use crate::ui::Task;
 
-/// What a boot needs, ready on disk.
+/// An architecture of Debian.
+struct Arch {
+    /// As in the names of packages.
+    debian: &'static str,
+    /// As in the names of directories.
+    triple: &'static str,
+    /// The dynamic loader.
+    loader: &'static str,
+}
+
+const ARM64: Arch =
+    Arch { debian: "arm64", triple: "aarch64-linux-gnu", loader: "lib/ld-linux-aarch64.so.1" };
+const AMD64: Arch =
+    Arch { debian: "amd64", triple: "x86_64-linux-gnu", loader: "lib64/ld-linux-x86-64.so.2" };
+
+/// What a boot on aarch64 needs, ready on disk.
 pub struct Images {
     /// Debian's Xen.
     pub xen: PathBuf,
@@ -25,40 +41,59 @@ pub struct Images {
 }
 
 macro_rules! embedded {
-    ($($name:literal)*) => { [$(($name, include_str!(concat!("../guest/steps/", $name)))),*] };
+    ($dir:literal: $($name:literal)*) => {
+        [$(($name, include_str!(concat!("../guest/", $dir, "/", $name)))),*]
+    };
 }
 
-/// The steps a guest can take, by name.
-const STEPS: &[(&str, &str)] = &embedded!(
+/// What a boot on x86_64 needs, ready on disk.
+pub struct XlImages {
+    /// Debian's Xen.
+    pub xen: PathBuf,
+    /// Debian's kernel.
+    pub linux: PathBuf,
+    /// The initramfs of Linux as dom0, with xl and what it starts.
+    pub dom0: PathBuf,
+}
+
+/// The steps a domain can take, by name.
+const STEPS: &[(&str, &str)] = &embedded!("steps":
     "abuse" "at" "away" "bg" "bgend" "cnt" "crash" "feat" "file" "files" "filesum" "flow" "garbage" "get" "met" "net"
-    "pings" "pour" "private" "reload" "renet" "settle" "sha" "state" "storetime" "stream" "streamed" "streamstop" "tcp"
+    "pings" "pour" "private" "reload" "renet" "services" "settle" "sha" "state" "storetime" "stream" "streamed" "streamstop" "tcp"
     "udone" "up" "urecv" "usend"
 );
 
-const LIBRARIES: &[&str] = &[
-    "lib/aarch64-linux-gnu",
-    "usr/lib/aarch64-linux-gnu",
-    "usr/lib/xen-4.17/lib/aarch64-linux-gnu",
-];
+/// The steps that only a dom0 with xl can take.
+const XL_STEPS: &[(&str, &str)] = &embedded!("xl/steps":
+    "domain"
+);
 
-/// Fetches packages and builds images, whatever of it is not there yet.
+/// Fetches packages and builds images for aarch64, whatever of it is not there yet.
 pub fn prepare(with_linux_dom0: bool) -> Result<Images> {
-    let packages = Packages::new("arm64")?;
-    packages.fetch(GUEST)?;
-    let version = packages.kernel()?;
-    if with_linux_dom0 {
-        packages.fetch(LINUX_DOM0)?;
-    }
-    let root = packages.root();
-    let source = Source { root: root.clone(), version: version.clone() };
+    let source = Source::fetch(&ARM64, if with_linux_dom0 { LINUX_DOM0 } else { &[] })?;
     let guest = store("guest", &source.guest()?)?;
     let linux_dom0 = with_linux_dom0.then(|| store("linux-dom0", &source.dom0()?)).transpose()?;
     Ok(Images {
-        xen: root.join("boot/xen-4.17-arm64"),
-        linux: root.join(format!("boot/vmlinuz-{version}")),
+        xen: source.root.join("boot/xen-4.17-arm64"),
+        linux: source.linux(),
         guest,
         linux_dom0,
     })
+}
+
+/// The same for x86_64. `ours` are this project's images by name: dom0 finds them in `/guest`.
+pub fn prepare_xl(ours: &[(&str, &Path)]) -> Result<XlImages> {
+    let source = Source::fetch(&AMD64, &[LINUX_DOM0, XL].concat())?;
+    let mut tree = source.xl()?;
+    for (name, path) in ours {
+        tree.copy(&format!("guest/{name}"), path)?;
+    }
+    // QEMU loads it as it is, so it is unpacked.
+    let xen = paths::directory("images")?.join("xen-amd64");
+    let packed = source.root.join("boot/xen-4.17-amd64.gz");
+    let unpacked = packages::run(Command::new("gzip").arg("-dc").arg(packed))?.stdout;
+    fs::write(&xen, unpacked)?;
+    Ok(XlImages { xen, linux: source.linux(), dom0: store("linux-xl-dom0", &tree)? })
 }
 
 /// Writes an archive unless the same is there.
@@ -74,19 +109,66 @@ fn store(name: &str, tree: &Tree) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Unpacked packages, from which trees are made.
 struct Source {
+    arch: &'static Arch,
     root: PathBuf,
+    /// The kernel's.
     version: String,
 }
 
 impl Source {
+    /// Fetches Xen, what guests need, and `more`.
+    fn fetch(arch: &'static Arch, more: &[&str]) -> Result<Self> {
+        let packages = Packages::new(arch.debian)?;
+        let xen = format!("xen-hypervisor-4.17-{}", arch.debian);
+        packages.fetch(&[&[xen.as_str()], GUEST, more].concat())?;
+        let version = packages.kernel()?;
+        Ok(Self { arch, root: packages.root(), version })
+    }
+
+    fn linux(&self) -> PathBuf {
+        self.root.join(format!("boot/vmlinuz-{}", self.version))
+    }
+
     fn guest(&self) -> Result<Tree> {
         let mut tree = self.common(&["xen-netfront", "xenfs"])?;
         tree.file("init", include_str!("../guest/init"), true);
         Ok(tree)
     }
 
+    /// Linux as dom0 of guests that Xen starts.
     fn dom0(&self) -> Result<Tree> {
+        let mut tree = self.toolstack(&["xenstored", "init-dom0less", "xen-init-dom0"])?;
+        let helper = "usr/lib/xen-4.17/bin/init-dom0less";
+        let path = self.real(helper).context("no init-dom0less among the packages")?;
+        tree.file(helper, repaired(fs::read(path)?)?, true);
+        tree.file("init", include_str!("../guest/dom0-init"), true);
+        Ok(tree)
+    }
+
+    /// Linux as dom0 that starts guests with xl, and the Linux guests.
+    fn xl(&self) -> Result<Tree> {
+        let mut tree = self.toolstack(&[
+            "xenstored",
+            "xen-init-dom0",
+            "xenconsoled",
+            "xl",
+            "libxl-save-helper",
+        ])?;
+        tree.file("init", include_str!("../guest/xl/init"), true);
+        tree.file("lab/relay", include_str!("../guest/xl/relay"), true);
+        tree.file("etc/xen/scripts/vif-bridge", include_str!("../guest/xl/vif-bridge"), true);
+        for (name, text) in XL_STEPS {
+            tree.file(&format!("lab/{name}"), *text, true);
+        }
+        tree.copy("guest/linux", &self.linux())?;
+        tree.file("guest/initramfs", self.guest()?.archive()?, false);
+        Ok(tree)
+    }
+
+    /// What Linux as dom0 has whoever starts its guests.
+    fn toolstack(&self, programs: &[&str]) -> Result<Tree> {
         let mut tree = self.common(&[
             "xen-netback",
             "bridge",
@@ -96,13 +178,9 @@ impl Source {
             "xen-gntalloc",
             "xen-privcmd",
         ])?;
-        for name in ["xenstored", "init-dom0less", "xen-init-dom0"] {
+        for name in programs {
             self.program(&mut tree, &format!("usr/lib/xen-4.17/bin/{name}"))?;
         }
-        let helper = "usr/lib/xen-4.17/bin/init-dom0less";
-        let path = self.real(helper).context("no init-dom0less among the packages")?;
-        tree.file(helper, repaired(fs::read(path)?)?, true);
-        tree.file("init", include_str!("../guest/dom0-init"), true);
         tree.link("var/run", "/run");
         tree.link("var/lock", "/run/lock");
         Ok(tree)
@@ -131,7 +209,7 @@ impl Source {
         }
         // Called by its path: busybox's shell prefers its own.
         self.binary(&mut tree, "bin/ping", "usr/bin/ping")?;
-        self.directory(&mut tree, "usr/lib/aarch64-linux-gnu/perl-base")?;
+        self.directory(&mut tree, &format!("usr/lib/{}/perl-base", self.arch.triple))?;
         tree.file("lab/agent", include_str!("../guest/agent"), true);
         for (name, text) in STEPS {
             tree.file(&format!("lab/{name}"), *text, true);
@@ -161,7 +239,7 @@ impl Source {
 
     /// Adds a program and the libraries it needs.
     fn program(&self, tree: &mut Tree, path: &str) -> Result<()> {
-        let loader = "lib/ld-linux-aarch64.so.1";
+        let loader = self.arch.loader;
         let real = self.real(loader).context("no dynamic loader among the packages")?;
         tree.copy(loader, &real)?;
         self.binary(tree, path, path)
@@ -174,13 +252,14 @@ impl Source {
         tree.file(to, data, true);
         for library in needed.iter().filter(|l| !l.starts_with("ld-linux")) {
             // The loader looks here without being told, wherever the package had it.
-            let to = format!("usr/lib/aarch64-linux-gnu/{library}");
+            let triple = self.arch.triple;
+            let to = format!("usr/lib/{triple}/{library}");
             if tree.has(&to) {
                 continue;
             }
-            let from = LIBRARIES
+            let from = ["lib", "usr/lib", "usr/lib/xen-4.17/lib"]
                 .iter()
-                .map(|d| format!("{d}/{library}"))
+                .map(|d| format!("{d}/{triple}/{library}"))
                 .find(|p| self.real(p).is_some())
                 .with_context(|| format!("{from} needs {library}, which no package brought"))?;
             self.binary(tree, &from, &to)?;

@@ -1,6 +1,7 @@
 //! The machine: QEMU with Xen and its domains.
 
 pub mod aarch64;
+pub mod x86_64;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
-use crate::console::Console;
+use crate::console::{Console, Input};
 use crate::paths;
 use crate::qmp::Qmp;
 
@@ -17,6 +18,9 @@ pub trait Plan {
     /// QEMU and all that describes the machine, without a display; its serial line and its monitor are for
     /// [`Machine::start`] to add. Files made for it go to `dir`.
     fn command(&self, dir: &Path) -> Result<Command>;
+
+    /// How what is typed on the serial line gets to a guest.
+    fn input(&self) -> Input;
 }
 
 /// A running machine; it ends when this is dropped.
@@ -49,7 +53,7 @@ impl Machine {
             .context("cannot start QEMU")?;
         let output = child.stdout.take().context("QEMU without standard output")?;
         let input = child.stdin.take().context("QEMU without standard input")?;
-        let console = Console::start(output, input, dir, echo);
+        let console = Console::start(output, input, plan.input(), dir, echo);
         let ready = console.and_then(|console| {
             let qmp = Qmp::connect(&socket)
                 .with_context(|| format!("QEMU does not come up: see {}", paths::shown(&log)))?;

@@ -90,7 +90,8 @@ fn main() -> ExitCode {
 fn act(what: &What) -> Result<ExitCode> {
     match what {
         What::Setup => {
-            packages::qemu()?;
+            packages::qemu_aarch64()?;
+            packages::qemu_x86_64()?;
             packages::headers()?;
             images::prepare(false)?;
             toolchain::Toolchain::find(toolchain::AARCH64)?;

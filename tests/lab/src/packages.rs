@@ -12,9 +12,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::paths;
 use crate::ui::Task;
 
-/// The packages of Xen and the guests (arm64).
+/// The packages of the guests.
 pub const GUEST: &[&str] = &[
-    "xen-hypervisor-4.17-arm64",
     "busybox-static",
     "libc6",
     "iperf3",
@@ -35,7 +34,7 @@ pub const GUEST: &[&str] = &[
     "libcrypt1",
 ];
 
-/// What Linux as dom0 needs beside them (arm64).
+/// What Linux as dom0 needs beside them.
 pub const LINUX_DOM0: &[&str] = &[
     "xen-utils-4.17",
     "libxenmisc4.17",
@@ -50,6 +49,19 @@ pub const LINUX_DOM0: &[&str] = &[
     "libfdt1",
     "libyajl2",
     "zlib1g",
+];
+
+/// What it needs to start guests with xl.
+pub const XL: &[&str] = &[
+    "libbz2-1.0",
+    "libext2fs2",
+    "libgcrypt20",
+    "libgpg-error0",
+    "liblzma5",
+    "liblzo2-2",
+    "libnl-3-200",
+    "libnl-route-3-200",
+    "libzstd1",
 ];
 
 /// A place to unpack packages of one architecture.
@@ -85,10 +97,18 @@ fn is_root() -> bool {
 }
 
 /// QEMU for arm64; installed if it is missing.
-pub fn qemu() -> Result<PathBuf> {
-    let name = "qemu-system-aarch64";
+pub fn qemu_aarch64() -> Result<PathBuf> {
+    qemu("qemu-system-aarch64", "qemu-system-arm")
+}
+
+/// QEMU for x86_64; installed if it is missing.
+pub fn qemu_x86_64() -> Result<PathBuf> {
+    qemu("qemu-system-x86_64", "qemu-system-x86")
+}
+
+fn qemu(name: &str, package: &str) -> Result<PathBuf> {
     if paths::program(name).is_none() {
-        install(name, "qemu-system-arm")?;
+        install(name, package)?;
     }
     paths::program(name).with_context(|| format!("{name} is still missing"))
 }

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use super::Plan;
+use crate::console::Input;
 use crate::fdt::{Node, add_to_chosen};
 use crate::images::Images;
 use crate::packages;
@@ -103,7 +104,7 @@ fn module((at, size): (u64, u64), kind: &str) -> Result<Node> {
 
 impl Plan for Board<'_> {
     fn command(&self, dir: &Path) -> Result<Command> {
-        let program = packages::qemu()?;
+        let program = packages::qemu_aarch64()?;
         let base = dir.join("qemu.dtb");
         let dump = format!("{MACHINE},dumpdtb={}", base.display());
         packages::run(&mut qemu(&program, &dump))?;
@@ -143,5 +144,9 @@ impl Plan for Board<'_> {
                 .arg(format!("loader,file={},addr={at:#x},force-raw=on", file.display()));
         }
         Ok(command)
+    }
+
+    fn input(&self) -> Input {
+        Input::Switched
     }
 }

@@ -7,6 +7,7 @@ mod store;
 mod traffic;
 mod udp;
 mod withdraw;
+mod x86;
 
 use anyhow::{Context as _, Result};
 
@@ -48,6 +49,13 @@ pub const ALL: &[Scenario] = &[
         by_default: false,
         test: linux::test,
         boot: linux::boot,
+    },
+    Scenario {
+        name: "linux-x86_64",
+        about: "stock Linux guests, PV and PVH, on Linux's own backend, for comparison (on demand)",
+        by_default: false,
+        test: x86::linux::test,
+        boot: x86::linux::boot,
     },
 ];
 
