@@ -53,6 +53,14 @@ pub enum Change {
         /// Its new value.
         value: Vec<u8>,
     },
+    /// Changes nothing; unless the node has this value, the commit fails with [`Error::Unexpected`] and changes nothing
+    /// either. How an order is acknowledged that may be taken back, or a node removed that may be made anew.
+    Expect {
+        /// The node.
+        path: String,
+        /// What it has to hold.
+        value: Vec<u8>,
+    },
     /// Makes a node, and its parents, if they are missing.
     Mkdir {
         /// The node.
@@ -101,6 +109,12 @@ pub enum Error {
     #[error("item {at} is malformed or too long")]
     Invalid {
         /// Index of the path or change.
+        at: usize,
+    },
+    /// The node of the [`Change::Expect`] of this index holds something else, or is not there.
+    #[error("item {at} is not as expected")]
+    Unexpected {
+        /// Index of the change.
         at: usize,
     },
     /// Others changed the same nodes [`RETRIES_MAX`] times in a row.

@@ -62,7 +62,7 @@ enum Phase {
     /// Changes before `next` have been sent.
     Apply {
         next: usize,
-        update: Update,
+        look: Look,
     },
     Ending {
         commit: bool,
@@ -70,12 +70,14 @@ enum Phase {
     Done,
 }
 
-/// How far the [`Change::Update`] that is next has come. Nothing is sent beside it, so that changes stay in order.
+/// How far the change that is next has come, if it goes by what its node holds. Nothing is sent beside it, so that changes stay
+/// in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Update {
+enum Look {
     Unknown,
     Reading,
-    Needed,
+    /// The value has to be written.
+    Write,
 }
 
 impl Job {
@@ -113,8 +115,9 @@ impl Job {
         // One request is a whole by itself.
         let phase = match changes.as_slice() {
             [] => Phase::Done,
-            [Change::Update { .. }] | [_, _, ..] => Phase::Start,
-            [_] => Phase::Apply { next: 0, update: Update::Unknown },
+            [change] if change.looks() => Phase::Start,
+            [_, _, ..] => Phase::Start,
+            [_] => Phase::Apply { next: 0, look: Look::Unknown },
         };
         let commit = Commit { changes, phase, tx_id: TxId::NONE, conflict: false, tries: 0 };
         Self::new(Work::Commit(commit), error)
@@ -289,7 +292,7 @@ impl Commit {
                 self.phase = Phase::Starting;
                 Some(plain(Kind::TransactionStart, alloc::vec![0], 0))
             }
-            Phase::Apply { next, update } => {
+            Phase::Apply { next, look } => {
                 let change = self.changes.get(next).filter(|_| !failed && !self.conflict);
                 let Some(change) = change else {
                     if !idle {
@@ -309,14 +312,14 @@ impl Commit {
                         at: next,
                     });
                 };
-                let mut request = match (change, update) {
-                    (_, Update::Reading) => return None,
-                    (Change::Update { path, .. }, Update::Unknown) => {
-                        self.phase = Phase::Apply { next, update: Update::Reading };
-                        plain(Kind::Read, terminated(path), next)
+                let mut request = match look {
+                    Look::Reading => return None,
+                    Look::Unknown if change.looks() => {
+                        self.phase = Phase::Apply { next, look: Look::Reading };
+                        plain(Kind::Read, terminated(change.path()), next)
                     }
                     _ => {
-                        self.phase = Phase::Apply { next: next + 1, update: Update::Unknown };
+                        self.phase = Phase::Apply { next: next + 1, look: Look::Unknown };
                         let (kind, payload) = change.request();
                         plain(kind, payload, next)
                     }
@@ -340,25 +343,17 @@ impl Commit {
             (Phase::Starting, Ok(payload)) => {
                 let id = wire::single_string(&payload).and_then(wire::parse_u32).map(TxId);
                 self.tx_id = id.filter(|id| *id != TxId::NONE).ok_or(kind)?;
-                self.phase = Phase::Apply { next: 0, update: Update::Unknown };
+                self.phase = Phase::Apply { next: 0, look: Look::Unknown };
             }
             (Phase::Starting, Err(error)) => {
                 self.phase = Phase::Done;
                 return Ok(Some(Error::Store { error, at }));
             }
             (Phase::Apply { .. }, Ok(value)) if kind == Kind::Read => {
-                let differs = !matches!(
-                    self.changes.get(at),
-                    Some(Change::Update { value: wanted, .. }) if *wanted == value
-                );
-                self.phase = if differs {
-                    Phase::Apply { next: at, update: Update::Needed }
-                } else {
-                    Phase::Apply { next: at + 1, update: Update::Unknown }
-                };
+                return Ok(self.looked(at, Some(&value)));
             }
             (Phase::Apply { .. }, Err(error)) if kind == Kind::Read && is_absent(error) => {
-                self.phase = Phase::Apply { next: at + 1, update: Update::Unknown };
+                return Ok(self.looked(at, None));
             }
             // Its parent does not exist either.
             (Phase::Apply { .. }, Err(XsError::ENOENT)) if kind == Kind::Rm => {}
@@ -380,6 +375,23 @@ impl Commit {
         Ok(None)
     }
 
+    /// What the node of a change holds; the error that ends the commit, if any.
+    fn looked(&mut self, at: usize, value: Option<&[u8]>) -> Option<Error> {
+        let (look, error) = match (self.changes.get(at), value) {
+            (Some(Change::Expect { value: wanted, .. }), found) => {
+                let met = found == Some(wanted);
+                (Look::Unknown, (!met).then_some(Error::Unexpected { at }))
+            }
+            (Some(Change::Update { value: wanted, .. }), Some(found)) if wanted != found => {
+                (Look::Write, None)
+            }
+            _ => (Look::Unknown, None),
+        };
+        let next = if look == Look::Write { at } else { at + 1 };
+        self.phase = Phase::Apply { next, look };
+        error
+    }
+
     fn begin_anew(&mut self, failed: bool) -> Option<Error> {
         self.tx_id = TxId::NONE;
         self.conflict = false;
@@ -395,15 +407,22 @@ impl Change {
         match self {
             Self::Write { path, .. }
             | Self::Update { path, .. }
+            | Self::Expect { path, .. }
             | Self::Mkdir { path }
             | Self::Rm { path }
             | Self::SetPerms { path, .. } => path,
         }
     }
 
+    /// Whether it goes by what its node holds, which is read first.
+    fn looks(&self) -> bool {
+        matches!(self, Self::Update { .. } | Self::Expect { .. })
+    }
+
     fn request(&self) -> (Kind, Vec<u8>) {
         let mut payload = terminated(self.path());
         let kind = match self {
+            Self::Expect { .. } => Kind::Read,
             Self::Write { value, .. } | Self::Update { value, .. } => {
                 payload.extend_from_slice(value);
                 Kind::Write

@@ -291,6 +291,35 @@ fn an_update_neither_creates_nor_repeats() {
 }
 
 #[test]
+fn a_commit_that_meets_what_it_does_not_expect_changes_nothing() {
+    for (found, met) in [(None, false), (Some(""), false), (Some("suspend"), true)] {
+        let mut client = Client::new();
+        let expect = Change::Expect { path: "/order".into(), value: b"suspend".to_vec() };
+        let job = client.commit([expect, write("/order", "")]);
+        let start = one(&mut client);
+        answer(&mut client, &start, b"1\0");
+        let read = one(&mut client);
+        assert_eq!(said(core::slice::from_ref(&read)), [(Kind::Read, 1, "/order|".into())]);
+        match found {
+            Some(value) => answer(&mut client, &read, value.as_bytes()),
+            None => refuse(&mut client, &read, XsError::ENOENT),
+        }
+        if met {
+            let write = one(&mut client);
+            assert_eq!(said(core::slice::from_ref(&write)), [(Kind::Write, 1, "/order|".into())]);
+            answer(&mut client, &write, b"OK\0");
+        }
+        let end = one(&mut client);
+        let how = if met { "T|" } else { "F|" };
+        assert_eq!(said(core::slice::from_ref(&end)), [(Kind::TransactionEnd, 1, how.to_string())]);
+        answer(&mut client, &end, b"OK\0");
+        let result = if met { Ok(Outcome::Committed) } else { Err(Error::Unexpected { at: 0 }) };
+        assert_eq!(events(&mut client), done(job, result));
+        assert_empty(&client);
+    }
+}
+
+#[test]
 fn what_cannot_be_said_is_not_sent() {
     let mut client = Client::new();
     let long = "x".repeat(PAYLOAD_MAX);
