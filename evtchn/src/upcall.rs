@@ -129,7 +129,9 @@ impl<H: Hypervisor> Binder<H> {
         self.hv.bind_virq(virq, vcpu).map(|port| self.adopt(port))
     }
 
-    fn adopt(&self, port: Port) -> Channel<H> {
+    /// A port that is bound already, by whoever built this domain: the store's or the console's.
+    #[must_use]
+    pub fn adopt(&self, port: Port) -> Channel<H> {
         Channel::new(self.hv.clone(), self.bits, port, Arc::clone(&self.bound))
     }
 }
