@@ -181,6 +181,12 @@ unsafe impl Hypervisor for Machine {
     fn unmask(&self, _: Port) -> Result<(), Errno> {
         Err(Errno::NOSYS)
     }
+    unsafe fn init_control(&self, _: VcpuId, _: Gfn) -> Result<(), Errno> {
+        Err(Errno::NOSYS)
+    }
+    unsafe fn expand_array(&self, _: Gfn) -> Result<(), Errno> {
+        Err(Errno::NOSYS)
+    }
     unsafe fn grant_copy(&self, _: &mut [GrantCopy]) -> Result<(), Errno> {
         Err(Errno::NOSYS)
     }

@@ -45,6 +45,10 @@ pub mod op {
     pub const EVTCHN_ALLOC_UNBOUND: u64 = 6;
     /// `EVTCHNOP_unmask`
     pub const EVTCHN_UNMASK: u64 = 9;
+    /// `EVTCHNOP_init_control`
+    pub const EVTCHN_INIT_CONTROL: u64 = 11;
+    /// `EVTCHNOP_expand_array`
+    pub const EVTCHN_EXPAND_ARRAY: u64 = 12;
     /// `GNTTABOP_map_grant_ref` (grant_table.h)
     pub const GNTTAB_MAP: u64 = 0;
     /// `GNTTABOP_unmap_grant_ref`
@@ -272,6 +276,51 @@ pub struct EvtchnBindVirq {
     /// Out.
     pub port: Port,
 }
+
+/// `struct evtchn_init_control`
+#[repr(C)]
+#[derive(Debug)]
+pub struct EvtchnInitControl {
+    /// The frame of the control block,
+    pub control_gfn: Gfn,
+    /// and where in there it begins, in bytes.
+    pub offset: u32,
+    /// Whose it is.
+    pub vcpu: VcpuId,
+    /// Out: bits in a link.
+    pub link_bits: u8,
+    /// Not used.
+    pub pad: [u8; 7],
+}
+
+/// Where Xen says which queues have events (`struct evtchn_fifo_control_block`).
+#[repr(C)]
+#[derive(Debug)]
+pub struct FifoControlBlock {
+    /// A bit for each queue that was empty and is no longer.
+    pub ready: u32,
+    /// Not used.
+    pub rsvd: u32,
+    /// The first port in each.
+    pub head: [u32; FIFO_QUEUES],
+}
+
+/// `EVTCHN_FIFO_MAX_QUEUES`: one for each priority; 0 comes first.
+pub const FIFO_QUEUES: usize = 16;
+/// `EVTCHN_FIFO_PRIORITY_DEFAULT`
+pub const FIFO_PRIORITY_DEFAULT: u32 = 7;
+/// `EVTCHN_FIFO_NR_CHANNELS`
+pub const FIFO_PORTS: u32 = 1 << 17;
+/// `EVTCHN_FIFO_PENDING`, of the word of an event.
+pub const FIFO_PENDING: u32 = 1 << 31;
+/// `EVTCHN_FIFO_MASKED`
+pub const FIFO_MASKED: u32 = 1 << 30;
+/// `EVTCHN_FIFO_LINKED`: in a queue.
+pub const FIFO_LINKED: u32 = 1 << 29;
+/// `EVTCHN_FIFO_BUSY`: Xen links it, and nobody else may unmask it.
+pub const FIFO_BUSY: u32 = 1 << 28;
+/// `EVTCHN_FIFO_LINK_MASK`: the next port in the queue.
+pub const FIFO_LINK_MASK: u32 = FIFO_PORTS - 1;
 
 /// `struct xen_add_to_physmap`
 #[repr(C)]

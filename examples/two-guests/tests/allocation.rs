@@ -98,6 +98,16 @@ unsafe impl Hypervisor for Quiet {
         inside(|| self.0.close(port))
     }
 
+    unsafe fn init_control(&self, vcpu: VcpuId, control: Gfn) -> Result<(), Errno> {
+        // SAFETY: as the caller promises.
+        inside(|| unsafe { self.0.init_control(vcpu, control) })
+    }
+
+    unsafe fn expand_array(&self, page: Gfn) -> Result<(), Errno> {
+        // SAFETY: as the caller promises.
+        inside(|| unsafe { self.0.expand_array(page) })
+    }
+
     fn shared_info(&self) -> NonNull<u8> {
         inside(|| self.0.shared_info())
     }

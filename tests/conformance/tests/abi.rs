@@ -97,6 +97,10 @@ fn layouts() -> Vec<Row> {
             remote_dom = "remote_dom", remote_port = "remote_port", local_port = "local_port",
         }
         "struct evtchn_bind_virq" = abi::EvtchnBindVirq { virq = "virq", vcpu = "vcpu", port = "port" }
+        "struct evtchn_init_control" = abi::EvtchnInitControl {
+            control_gfn = "control_gfn", offset = "offset", vcpu = "vcpu", link_bits = "link_bits",
+        }
+        "struct evtchn_fifo_control_block" = abi::FifoControlBlock { ready = "ready", head = "head" }
         "struct xen_add_to_physmap" = abi::AddToPhysmap {
             domid = "domid", size = "size", space = "space", idx = "idx", gpfn = "gpfn",
         }
@@ -160,6 +164,17 @@ fn hypervisor() -> Vec<Row> {
         "EVTCHNOP_send" = op::EVTCHN_SEND,
         "EVTCHNOP_alloc_unbound" = op::EVTCHN_ALLOC_UNBOUND,
         "EVTCHNOP_unmask" = op::EVTCHN_UNMASK,
+        "EVTCHNOP_init_control" = op::EVTCHN_INIT_CONTROL,
+        "EVTCHNOP_expand_array" = op::EVTCHN_EXPAND_ARRAY,
+        "sizeof(struct evtchn_expand_array)" = size_of::<hypercall::Gfn>(),
+        "EVTCHN_FIFO_MAX_QUEUES" = abi::FIFO_QUEUES,
+        "EVTCHN_FIFO_PRIORITY_DEFAULT" = abi::FIFO_PRIORITY_DEFAULT,
+        "EVTCHN_FIFO_NR_CHANNELS" = abi::FIFO_PORTS,
+        "1u << EVTCHN_FIFO_PENDING" = abi::FIFO_PENDING,
+        "1u << EVTCHN_FIFO_MASKED" = abi::FIFO_MASKED,
+        "1u << EVTCHN_FIFO_LINKED" = abi::FIFO_LINKED,
+        "1u << EVTCHN_FIFO_BUSY" = abi::FIFO_BUSY,
+        "EVTCHN_FIFO_LINK_MASK" = abi::FIFO_LINK_MASK,
         "GNTTABOP_map_grant_ref" = op::GNTTAB_MAP,
         "GNTTABOP_unmap_grant_ref" = op::GNTTAB_UNMAP,
         "GNTTABOP_copy" = op::GNTTAB_COPY,

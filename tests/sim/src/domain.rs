@@ -36,6 +36,8 @@ pub struct DomainConfig {
     pub maptrack: u32,
     /// The highest event channel it may have.
     pub max_port: u32,
+    /// It may have its events through queues (FIFO); 2-level only if not, or if the environment has a `SIM_TWO_LEVEL`.
+    pub fifo: bool,
     /// Its first frame number, if it is not direct-mapped; by default far from those of other domains.
     pub first_gfn: Option<u64>,
     /// It has a port for domain 0's store, in `HVM_PARAM_STORE_EVTCHN`, from the start.
@@ -63,6 +65,7 @@ impl DomainConfig {
             grant_frames: 64,
             maptrack: 8192,
             max_port: 4095,
+            fifo: true,
             first_gfn: None,
             store_port: false,
         }
@@ -212,7 +215,10 @@ impl Domain {
             shutdown: None,
             memory,
             grants: Grants::new(config.grant_frames, config.maptrack),
-            events: Events::new(config.max_port),
+            events: Events::new(
+                config.max_port,
+                config.fifo && std::env::var_os("SIM_TWO_LEVEL").is_none(),
+            ),
             params: BTreeMap::new(),
             faults: Faults::default(),
         }

@@ -1,11 +1,13 @@
-//! Event channels: Xen's side, 2-level, as in Xen 4.17's common/event_channel.c and event_2l.c.
+//! Event channels: Xen's side, as in Xen 4.17's common/event_channel.c and, for 2-level delivery, event_2l.c.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use hypercall::abi::FIFO_PORTS;
 use hypercall::arch::shared_info as layout;
 use hypercall::{DomId, Errno, Port, VcpuId, Virq};
 
+use crate::fifo::Fifo;
 use crate::page::Page;
 use crate::{Handle, State};
 
@@ -36,11 +38,15 @@ pub(crate) struct Events {
     states: Vec<PortState>,
     /// The highest port there may be.
     pub(crate) max_port: u32,
+    /// Whether the domain may have its events through queues,
+    pub(crate) offers_fifo: bool,
+    /// and if it has.
+    pub(crate) fifo: Option<Fifo>,
 }
 
 impl Events {
-    pub(crate) fn new(max_port: u32) -> Self {
-        Self { states: vec![PortState::Free], max_port }
+    pub(crate) fn new(max_port: u32, offers_fifo: bool) -> Self {
+        Self { states: vec![PortState::Free], max_port, offers_fifo, fifo: None }
     }
 
     pub(crate) fn state(&self, port: Port) -> PortState {
@@ -54,9 +60,14 @@ impl Events {
     }
 
     fn allocate(&mut self, state: PortState) -> Result<Port, Errno> {
-        let free = self.states.iter().skip(1).position(|state| *state == PortState::Free);
-        let port = free.map_or(self.states.len(), |at| at + 1) as u32;
-        if port > self.max_port.min(PORTS - 1) {
+        let busy = |port| self.fifo.as_ref().is_some_and(|fifo| fifo.is_busy(port));
+        let mut free = self.states.iter().enumerate().skip(1);
+        let free = free
+            .find(|(port, state)| **state == PortState::Free && !busy(Port(*port as u32)))
+            .map(|(port, _)| port);
+        let port = free.unwrap_or(self.states.len()) as u32;
+        let ports = if self.fifo.is_some() { FIFO_PORTS } else { PORTS };
+        if port > self.max_port.min(ports - 1) {
             return Err(Errno::NOSPC);
         }
         if port as usize == self.states.len() {
@@ -65,6 +76,14 @@ impl Events {
             self.set(Port(port), state);
         }
         Ok(Port(port))
+    }
+
+    /// Which virtual CPU hears a port.
+    pub(crate) fn vcpu(&self, port: Port) -> VcpuId {
+        match self.state(port) {
+            PortState::Virq(_, vcpu) => vcpu,
+            _ => VcpuId(0),
+        }
     }
 
     /// Ports in use.
@@ -102,8 +121,13 @@ impl Bits {
     fn select(self, word: usize, vcpu: VcpuId) -> bool {
         let at = Self::vcpu(vcpu);
         let before = self.0.long(at + layout::PENDING_SEL).fetch_or(1 << word, Ordering::SeqCst);
-        before & (1 << word) == 0
-            && self.0.byte(at + layout::UPCALL_PENDING).swap(1, Ordering::SeqCst) == 0
+        before & (1 << word) == 0 && self.tell(vcpu)
+    }
+
+    /// `vcpu_mark_events_pending`; says whether that is news.
+    pub(crate) fn tell(self, vcpu: VcpuId) -> bool {
+        let at = Self::vcpu(vcpu) + layout::UPCALL_PENDING;
+        self.0.byte(at).swap(1, Ordering::SeqCst) == 0
     }
 
     /// `evtchn_2l_unmask`
@@ -143,9 +167,14 @@ impl Bits {
 pub(crate) type Wake = Option<Arc<Handle>>;
 
 impl State {
-    fn raise(&self, id: DomId, port: Port, vcpu: VcpuId) -> Wake {
-        let domain = self.domains.get(&id)?;
-        domain.handle.bits.set_pending(port, vcpu).then(|| Arc::clone(&domain.handle))
+    pub(crate) fn raise(&mut self, id: DomId, port: Port, vcpu: VcpuId) -> Wake {
+        let domain = self.domains.get_mut(&id)?;
+        let bits = domain.handle.bits;
+        let told = match &mut domain.events.fifo {
+            Some(fifo) => fifo.set_pending(port, vcpu) && bits.tell(vcpu),
+            None => bits.set_pending(port, vcpu),
+        };
+        told.then(|| Arc::clone(&domain.handle))
     }
 
     pub(crate) fn alloc_unbound(&mut self, me: DomId, remote: DomId) -> Result<Port, Errno> {
@@ -191,7 +220,7 @@ impl State {
         own.events.allocate(wanted)
     }
 
-    pub(crate) fn notify(&self, me: DomId, port: Port) -> Result<Wake, Errno> {
+    pub(crate) fn notify(&mut self, me: DomId, port: Port) -> Result<Wake, Errno> {
         let own = self.domains.get(&me).ok_or(Errno::SRCH)?;
         match own.events.state(port) {
             PortState::Interdomain(remote, port) => Ok(self.raise(remote, port, VcpuId(0))),
@@ -200,14 +229,17 @@ impl State {
         }
     }
 
-    pub(crate) fn unmask(&self, me: DomId, port: Port) -> Result<Wake, Errno> {
-        let own = self.domains.get(&me).ok_or(Errno::SRCH)?;
-        let vcpu = match own.events.state(port) {
-            PortState::Virq(_, vcpu) => vcpu,
-            _ if port.0 as usize >= own.events.states.len() => return Err(Errno::INVAL),
-            _ => VcpuId(0),
+    pub(crate) fn unmask(&mut self, me: DomId, port: Port) -> Result<Wake, Errno> {
+        let own = self.domains.get_mut(&me).ok_or(Errno::SRCH)?;
+        if port.0 as usize >= own.events.states.len() {
+            return Err(Errno::INVAL);
+        }
+        let (vcpu, bits) = (own.events.vcpu(port), own.handle.bits);
+        let told = match &mut own.events.fifo {
+            Some(fifo) => fifo.unmask(port, vcpu) && bits.tell(vcpu),
+            None => bits.unmask(port, vcpu),
         };
-        Ok(own.handle.bits.unmask(port, vcpu).then(|| Arc::clone(&own.handle)))
+        Ok(told.then(|| Arc::clone(&own.handle)))
     }
 
     pub(crate) fn close(&mut self, me: DomId, port: Port) -> Result<(), Errno> {
@@ -217,7 +249,10 @@ impl State {
             return Err(Errno::INVAL);
         }
         own.events.set(port, PortState::Free);
-        own.handle.bits.clear_pending(port);
+        match &mut own.events.fifo {
+            Some(fifo) => fifo.clear_pending(port),
+            None => own.handle.bits.clear_pending(port),
+        }
         if let PortState::Interdomain(remote, remote_port) = state
             && let Some(peer) = self.domains.get_mut(&remote)
         {
@@ -236,12 +271,13 @@ impl State {
     }
 
     /// Raises a virtual interrupt in a domain that has bound it.
-    pub(crate) fn raise_virq(&self, id: DomId, virq: Virq) -> Vec<Arc<Handle>> {
+    pub(crate) fn raise_virq(&mut self, id: DomId, virq: Virq) -> Vec<Arc<Handle>> {
         let Some(domain) = self.domains.get(&id) else { return Vec::new() };
         let bound = domain.events.ports().filter_map(|(port, state)| match state {
             PortState::Virq(line, vcpu) if line == virq => Some((port, vcpu)),
             _ => None,
         });
-        bound.filter_map(|(port, vcpu)| self.raise(id, port, vcpu)).collect()
+        let bound: Vec<_> = bound.collect();
+        bound.into_iter().filter_map(|(port, vcpu)| self.raise(id, port, vcpu)).collect()
     }
 }

@@ -42,6 +42,10 @@ kinds! {
     Unmask = "unmask",
     /// `close`
     Close = "close",
+    /// `init_control`
+    InitControl = "init control",
+    /// `expand_array`
+    ExpandArray = "expand array",
     /// `grant_copy`
     Copy = "grant copy",
     /// `grant_map`
@@ -101,6 +105,8 @@ impl Kind {
             Self::Notify | Self::BindInterdomain | Self::Unmask | Self::Close => Errno::INVAL,
             Self::CacheFlush | Self::HvmParam | Self::SetHvmParam => Errno::INVAL,
             Self::TableSize => Errno::PERM,
+            Self::InitControl => Errno::NOSYS,
+            Self::ExpandArray => Errno::NOMEM,
             Self::DomainInfo => Errno::SRCH,
             Self::DestroyDomain => Errno::BUSY,
             Self::UnmapForeign => Errno::NOENT,

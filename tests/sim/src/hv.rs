@@ -223,6 +223,16 @@ unsafe impl Hypervisor for SimHv {
         self.single(Kind::Close)?.close(self.own.id, port)
     }
 
+    unsafe fn init_control(&self, vcpu: VcpuId, control: Gfn) -> Result<(), Errno> {
+        self.single(Kind::InitControl)?.init_control(self.own.id, vcpu, control)
+    }
+
+    unsafe fn expand_array(&self, page: Gfn) -> Result<(), Errno> {
+        let woken = self.single(Kind::ExpandArray)?.expand_array(self.own.id, page)?;
+        wake(woken);
+        Ok(())
+    }
+
     fn shared_info(&self) -> NonNull<u8> {
         self.own.bits.0.base()
     }
@@ -303,7 +313,14 @@ unsafe impl Hypervisor for SimHv {
             let state = &mut *guard;
             let domain = state.domains.get_mut(&self.own.id).filter(|domain| !domain.dying);
             let Some(domain) = domain else { return };
-            domain.memory.free(&mut state.machine, pages, count)
+            let frame = domain.memory.gfn_of(&state.machine, pages);
+            let freed = domain.memory.free(&mut state.machine, pages, count);
+            match (&domain.events.fifo, frame) {
+                (Some(fifo), Some(frame)) if fifo.holds(frame) => {
+                    Err(format!("frees gfn {:#x}, in which Xen has its events", frame.0))
+                }
+                _ => freed,
+            }
         };
         if let Err(what) = freed {
             self.violation(format_args!("{what}"));

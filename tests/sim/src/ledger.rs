@@ -14,7 +14,7 @@ use crate::memory::ShownBy;
 /// Something that a domain holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Item {
-    /// Pages from its allocator.
+    /// Pages from its allocator, but for those in which Xen has its events: the domain cannot take them back.
     Pages {
         /// The first.
         first: Gfn,
@@ -137,7 +137,8 @@ impl Ledger {
         let mut entries = BTreeSet::new();
         for (id, domain) in &state.domains {
             let mut add = |item| entries.insert((*id, item));
-            for (first, count) in domain.memory.blocks() {
+            let held = |frame| domain.events.fifo.as_ref().is_some_and(|fifo| fifo.holds(frame));
+            for (first, count) in domain.memory.blocks().filter(|(first, _)| !held(*first)) {
                 add(Item::Pages { first, count });
             }
             for (gref, entry) in domain.grants.open() {

@@ -5,6 +5,7 @@ mod dma;
 mod domain;
 mod events;
 mod faults;
+mod fifo;
 mod grants;
 mod hv;
 mod ledger;
@@ -218,6 +219,12 @@ impl Sim {
         self.domain_mut(id, |domain| domain.cache_flush = exists);
     }
 
+    /// Whether a domain may have its events through queues (`EVTCHNOP_init_control`) from its next start or resume on, as after
+    /// Xen was replaced by another.
+    pub fn set_fifo(&self, id: DomId, exists: bool) {
+        self.domain_mut(id, |domain| domain.events.offers_fifo = exists);
+    }
+
     /// Raises a virtual interrupt.
     pub fn raise_virq(&self, id: DomId, virq: Virq) {
         let woken = self.0.lock().raise_virq(id, virq);
@@ -327,9 +334,12 @@ impl Sim {
     /// A port's pending and mask bits.
     #[must_use]
     pub fn port_bits(&self, id: DomId, port: Port) -> Option<(bool, bool)> {
-        self.domain(id, |domain| {
-            let bits = domain.handle.bits;
-            (bits.is_pending(port), bits.is_masked(port))
+        self.domain(id, |domain| match &domain.events.fifo {
+            Some(fifo) => (fifo.is_pending(port), fifo.is_masked(port)),
+            None => {
+                let bits = domain.handle.bits;
+                (bits.is_pending(port), bits.is_masked(port))
+            }
         })
     }
 

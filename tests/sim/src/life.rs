@@ -20,7 +20,7 @@ impl State {
     }
 
     /// Tells those who look after domains that something happened to one.
-    pub(crate) fn tell_toolstacks(&self) -> Vec<Arc<Handle>> {
+    pub(crate) fn tell_toolstacks(&mut self) -> Vec<Arc<Handle>> {
         let to = self.privileged();
         to.into_iter().flat_map(|id| self.raise_virq(id, Virq::DOM_EXC)).collect()
     }
@@ -36,6 +36,7 @@ impl State {
         self.drop_foreign(id);
         if let Some(domain) = self.domains.get_mut(&id) {
             domain.memory.relinquish();
+            domain.events.fifo = None;
         }
         let told = self.tell_toolstacks();
         self.bury(id);
@@ -113,6 +114,7 @@ impl State {
         let Some(domain) = self.domains.get_mut(&id) else { return false };
         domain.life += 1;
         domain.grants.reset();
+        domain.events.fifo = None;
         domain.handle.bits.clear();
         domain.handle.set_features(features);
         for mfn in domain.memory.frames() {
