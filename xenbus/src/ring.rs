@@ -105,9 +105,16 @@ impl<M: SharedMemory, E: sealed::End> StoreRing<M, E> {
     /// Takes up a ring where its indices in the page are. They need not start at zero. A client's end whose ring is not
     /// connected ([`StoreRing::is_connected`]) waits, and attaches again: the indices mean nothing before that.
     pub fn attach(page: M) -> Self {
-        let prod = page.load_u32(E::OUT.prod, Ordering::Relaxed);
-        let cons = page.load_u32(E::IN.cons, Ordering::Relaxed);
-        Self { page, prod, cons, broken: false, end: PhantomData }
+        let mut ring = Self { page, prod: 0, cons: 0, broken: false, end: PhantomData };
+        ring.attach_again();
+        ring
+    }
+
+    /// Takes the same ring up anew, once it [is connected](StoreRing::is_connected) after a reset.
+    pub fn attach_again(&mut self) {
+        self.prod = self.page.load_u32(E::OUT.prod, Ordering::Relaxed);
+        self.cons = self.page.load_u32(E::IN.cons, Ordering::Relaxed);
+        self.broken = false;
     }
 
     /// Reads what fits into `to`, from the front; 0 if there is nothing.

@@ -4,7 +4,12 @@
 
 extern crate alloc;
 
+#[cfg(test)]
+extern crate std;
+
+pub mod control;
 pub mod http;
+pub mod store;
 
 #[cfg(test)]
 mod host;
