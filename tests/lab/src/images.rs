@@ -84,16 +84,17 @@ pub fn prepare(with_linux_dom0: bool) -> Result<Images> {
 /// The same for x86_64. `ours` are this project's images by name: dom0 finds them in `/guest`.
 pub fn prepare_xl(ours: &[(&str, &Path)]) -> Result<XlImages> {
     let source = Source::fetch(&AMD64, &[LINUX_DOM0, XL].concat())?;
+    let linux = source.vmlinux()?;
     let mut tree = source.xl()?;
+    tree.copy("guest/linux", &linux)?;
     for (name, path) in ours {
         tree.copy(&format!("guest/{name}"), path)?;
     }
     // QEMU loads it as it is, so it is unpacked.
     let xen = paths::directory("images")?.join("xen-amd64");
     let packed = source.root.join("boot/xen-4.17-amd64.gz");
-    let unpacked = packages::run(Command::new("gzip").arg("-dc").arg(packed))?.stdout;
-    fs::write(&xen, unpacked)?;
-    Ok(XlImages { xen, linux: source.linux(), dom0: store("linux-xl-dom0", &tree)? })
+    fs::write(&xen, unpacked("gzip", &packed)?)?;
+    Ok(XlImages { xen, linux, dom0: store("linux-xl-dom0", &tree)? })
 }
 
 /// Writes an archive unless the same is there.
@@ -131,6 +132,19 @@ impl Source {
         self.root.join(format!("boot/vmlinuz-{}", self.version))
     }
 
+    /// The kernel within a PC's kernel image. Unpacked here once, as emulated machines take half a minute for it.
+    fn vmlinux(&self) -> Result<PathBuf> {
+        let path = paths::directory("images")?.join(format!("vmlinux-{}", self.version));
+        if !path.exists() {
+            let packed = path.with_extension("xz");
+            fs::write(&packed, payload(&fs::read(self.linux())?).context("an odd Linux kernel")?)?;
+            packages::xz()?;
+            fs::write(&path, unpacked("xz", &packed)?)?;
+            fs::remove_file(&packed)?;
+        }
+        Ok(path)
+    }
+
     fn guest(&self) -> Result<Tree> {
         let mut tree = self.common(&["xen-netfront", "xenfs"])?;
         tree.file("init", include_str!("../guest/init"), true);
@@ -158,11 +172,13 @@ impl Source {
         ])?;
         tree.file("init", include_str!("../guest/xl/init"), true);
         tree.file("lab/relay", include_str!("../guest/xl/relay"), true);
+        // The C library loads it by name when a thread is to be cancelled.
+        self.binary(&mut tree, "lib/x86_64-linux-gnu/libgcc_s.so.1", "lib/libgcc_s.so.1")?;
+        tree.file("etc/xen/xl.conf", "autoballoon=\"off\"\n", false);
         tree.file("etc/xen/scripts/vif-bridge", include_str!("../guest/xl/vif-bridge"), true);
         for (name, text) in XL_STEPS {
             tree.file(&format!("lab/{name}"), *text, true);
         }
-        tree.copy("guest/linux", &self.linux())?;
         tree.file("guest/initramfs", self.guest()?.archive()?, false);
         Ok(tree)
     }
@@ -316,6 +332,22 @@ impl Source {
         }
         Ok(())
     }
+}
+
+/// The packed kernel in a PC's kernel image, by the header of Linux's boot protocol.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let number = |at: usize| {
+        let bytes = image.get(at..at + 4)?.try_into().ok()?;
+        usize::try_from(u32::from_le_bytes(bytes)).ok()
+    };
+    let sectors = usize::from(*image.get(0x1f1)?);
+    let start = (sectors + 1) * 512 + number(0x248)?;
+    // The last four bytes are its unpacked size.
+    image.get(start..start + number(0x24c)?.checked_sub(4)?)
+}
+
+fn unpacked(program: &str, packed: &Path) -> Result<Vec<u8>> {
+    Ok(packages::run(Command::new(program).arg("-dc").arg(packed))?.stdout)
 }
 
 /// Xen 4.17's init-dom0less fails for guests with two vCPUs: it writes a store node whose name ends in a slash. It would

@@ -55,6 +55,7 @@ pub const LINUX_DOM0: &[&str] = &[
 pub const XL: &[&str] = &[
     "libbz2-1.0",
     "libext2fs2",
+    "libgcc-s1",
     "libgcrypt20",
     "libgpg-error0",
     "liblzma5",
@@ -117,6 +118,14 @@ fn qemu(name: &str, package: &str) -> Result<PathBuf> {
 pub fn headers() -> Result<()> {
     if !Path::new("/usr/include/xen/xen.h").exists() {
         install("/usr/include/xen/xen.h", "libxen-dev")?;
+    }
+    Ok(())
+}
+
+/// What unpacks Debian's kernel; installed if it is missing.
+pub fn xz() -> Result<()> {
+    if paths::program("xz").is_none() {
+        install("xz", "xz-utils")?;
     }
     Ok(())
 }
