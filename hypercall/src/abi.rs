@@ -15,6 +15,8 @@ pub mod call {
     pub const CONSOLE_IO: u64 = 18;
     /// `__HYPERVISOR_grant_table_op`
     pub const GRANT_TABLE_OP: u64 = 20;
+    /// `__HYPERVISOR_vcpu_op`
+    pub const VCPU_OP: u64 = 24;
     /// `__HYPERVISOR_sched_op`
     pub const SCHED_OP: u64 = 29;
     /// `__HYPERVISOR_event_channel_op`
@@ -67,8 +69,14 @@ pub mod op {
     pub const MEM_REMOVE_FROM_PHYSMAP: u64 = 15;
     /// `XENMEM_add_to_physmap_batch`
     pub const MEM_ADD_TO_PHYSMAP_BATCH: u64 = 23;
-    /// `SCHEDOP_shutdown` (sched.h)
+    /// `SCHEDOP_yield` (sched.h)
+    pub const SCHED_YIELD: u64 = 0;
+    /// `SCHEDOP_shutdown`
     pub const SCHED_SHUTDOWN: u64 = 2;
+    /// `VCPUOP_stop_periodic_timer` (vcpu.h)
+    pub const VCPU_STOP_PERIODIC_TIMER: u64 = 7;
+    /// `VCPUOP_set_singleshot_timer`
+    pub const VCPU_SET_SINGLESHOT_TIMER: u64 = 8;
     /// `HVMOP_set_param` (hvm/hvm_op.h)
     pub const HVM_SET_PARAM: u64 = 0;
     /// `HVMOP_get_param`
@@ -83,10 +91,31 @@ pub mod op {
 
 /// HVM parameters (hvm/params.h).
 pub mod hvm_param {
+    /// `HVM_PARAM_CALLBACK_IRQ`: how the domain is told of events.
+    pub const CALLBACK_IRQ: u32 = 0;
     /// `HVM_PARAM_STORE_PFN`: where the guest finds its store ring.
     pub const STORE_PFN: u32 = 1;
     /// `HVM_PARAM_STORE_EVTCHN`: the guest's port to the store.
     pub const STORE_EVTCHN: u32 = 2;
+    /// `HVM_PARAM_CONSOLE_PFN`: where the guest finds its console ring.
+    pub const CONSOLE_PFN: u32 = 17;
+    /// `HVM_PARAM_CONSOLE_EVTCHN`: the guest's port to its console.
+    pub const CONSOLE_EVTCHN: u32 = 18;
+}
+
+/// `HVM_PARAM_CALLBACK_TYPE_VECTOR`, in the top byte of [`hvm_param::CALLBACK_IRQ`] on x86: the lowest byte is the vector.
+pub const CALLBACK_TYPE_VECTOR: u64 = 2;
+
+/// Byte offsets in the console's page (`struct xencons_interface`, io/console.h).
+pub mod console {
+    /// Of the ring of what the domain prints.
+    pub const OUT: usize = 1024;
+    /// Bytes in that ring.
+    pub const OUT_SIZE: usize = 2048;
+    /// Of `out_cons`: what the other end has read, in bytes since the beginning.
+    pub const OUT_CONS: usize = 3080;
+    /// Of `out_prod`: what the domain has printed.
+    pub const OUT_PROD: usize = 3084;
 }
 
 /// `XENMAPSPACE_shared_info` (memory.h)
@@ -397,6 +426,83 @@ pub struct HvmParam {
     /// In or out.
     pub value: u64,
 }
+
+/// `struct vcpu_set_singleshot_timer`
+#[repr(C)]
+#[derive(Debug)]
+pub struct SetSingleshotTimer {
+    /// When, in nanoseconds of system time.
+    pub timeout_abs_ns: u64,
+    /// `VCPU_SSHOTTMR_*`
+    pub flags: u32,
+}
+
+/// `struct vcpu_time_info` (xen.h): what makes system time out of x86's time stamp counter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuTimeInfo {
+    /// Odd while the rest is being changed.
+    pub version: u32,
+    #[doc(hidden)]
+    pub pad0: u32,
+    /// The counter at `system_time`,
+    pub tsc_timestamp: u64,
+    /// in nanoseconds.
+    pub system_time: u64,
+    /// Nanoseconds in a tick, shifted by `tsc_shift`, in units of 2^-32.
+    pub tsc_to_system_mul: u32,
+    /// Shifts a difference of ticks to the left; negative: to the right.
+    pub tsc_shift: i8,
+    /// `XEN_PVCLOCK_*`
+    pub flags: u8,
+    #[doc(hidden)]
+    pub pad1: [u8; 2],
+}
+
+/// What a PVH guest is started with (`struct hvm_start_info`, arch-x86/hvm/start_info.h). Addresses are guest-physical.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HvmStartInfo {
+    /// [`HVM_START_MAGIC`]
+    pub magic: u32,
+    /// 1 or more where there is a memory map.
+    pub version: u32,
+    /// `SIF_*`
+    pub flags: u32,
+    /// Modules passed along.
+    pub nr_modules: u32,
+    /// Where they are listed.
+    pub modlist_paddr: u64,
+    /// Where the command line is, ending with a zero; or 0.
+    pub cmdline_paddr: u64,
+    /// Where the ACPI tables begin; or 0.
+    pub rsdp_paddr: u64,
+    /// Where the memory map is: [`HvmMemmapEntry`]s,
+    pub memmap_paddr: u64,
+    /// and how many.
+    pub memmap_entries: u32,
+    /// Not used.
+    pub reserved: u32,
+}
+
+/// `struct hvm_memmap_table_entry`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HvmMemmapEntry {
+    /// The first byte,
+    pub addr: u64,
+    /// and how many.
+    pub size: u64,
+    /// `XEN_HVM_MEMMAP_TYPE_*`
+    pub kind: u32,
+    /// Not used.
+    pub reserved: u32,
+}
+
+/// `XEN_HVM_START_MAGIC_VALUE`
+pub const HVM_START_MAGIC: u32 = 0x336e_c578;
+/// `XEN_HVM_MEMMAP_TYPE_RAM`: memory of the domain's own.
+pub const HVM_MEMMAP_RAM: u32 = 1;
 
 /// `struct xen_domctl`, with the payloads this crate uses.
 #[repr(C, align(8))]

@@ -7,7 +7,7 @@ use core::ptr::{NonNull, from_mut};
 use crate::abi::{self, call, op};
 use crate::arch::hypercall5;
 use crate::hypervisor::{
-    DomainInfo, GrantTableSize, Hypervisor, Shutdown, ShutdownReason, Toolstack, Window,
+    DomainInfo, GrantTableSize, Hypervisor, Shutdown, ShutdownReason, Suspended, Toolstack, Window,
 };
 use crate::{DomId, Errno, Gfn, GrantStatus, PAGE_SIZE, Port, VcpuId, Virq};
 
@@ -115,6 +115,53 @@ impl<P: Platform> Xen<P> {
             // SAFETY: `struct sched_shutdown` is the one word that `reason` is.
             let _ = unsafe { hypercall(call::SCHED_OP, op::SCHED_SHUTDOWN, arg(&mut reason), 0) };
         }
+    }
+
+    /// Asks to be suspended: to be saved, moved or copied (`SHUTDOWN_suspend`). Returns when this domain goes on.
+    ///
+    /// # Errors
+    /// As Xen answers.
+    ///
+    /// # Safety
+    /// The domain may go on as another one: the shared info page is nowhere, the callback, all ports, grants of the grant
+    /// table and timers are gone. The caller sets up anew what it uses.
+    pub unsafe fn suspend(&self) -> Result<Suspended, Errno> {
+        let mut reason: u32 = 2;
+        // SAFETY: `struct sched_shutdown` is the one word that `reason` is; what follows is the caller's promise.
+        match unsafe { hypercall(call::SCHED_OP, op::SCHED_SHUTDOWN, arg(&mut reason), 0)? } {
+            0 => Ok(Suspended::Resumed),
+            _ => Ok(Suspended::Cancelled),
+        }
+    }
+
+    /// Lets others run first (`SCHEDOP_yield`).
+    pub fn yield_now(&self) {
+        // SAFETY: changes nothing. There is nothing to be done about a failure.
+        let _ = unsafe { hypercall(call::SCHED_OP, op::SCHED_YIELD, 0, 0) };
+    }
+
+    /// Has [`Virq::TIMER`] raised once for a virtual CPU, when its system time is `nanos`, or at once where that is past. An
+    /// earlier alarm is forgotten. Only for the CPU that asks.
+    ///
+    /// # Errors
+    /// As Xen answers; [`Errno::NOSYS`] on Arm, where the processor has its own timer.
+    pub fn set_alarm(&self, vcpu: VcpuId, nanos: u64) -> Result<(), Errno> {
+        let mut alarm = abi::SetSingleshotTimer { timeout_abs_ns: nanos, flags: 0 };
+        self.vcpu_op(op::VCPU_SET_SINGLESHOT_TIMER, vcpu, arg(&mut alarm))
+    }
+
+    /// Has [`Virq::TIMER`] no longer raised every so often, as some domains begin with.
+    ///
+    /// # Errors
+    /// As Xen answers.
+    pub fn stop_ticks(&self, vcpu: VcpuId) -> Result<(), Errno> {
+        self.vcpu_op(op::VCPU_STOP_PERIODIC_TIMER, vcpu, 0)
+    }
+
+    fn vcpu_op(&self, cmd: u64, vcpu: VcpuId, operand: u64) -> Result<(), Errno> {
+        // SAFETY: Xen only reads the operand, which callers above make of the structure of the command.
+        unsafe { hypercall(call::VCPU_OP, cmd, vcpu.0.into(), operand)? };
+        Ok(())
     }
 
     /// An event channel operation.

@@ -73,6 +73,8 @@ impl DomId {
 }
 
 impl Virq {
+    /// The alarm of a virtual CPU's clock (`VIRQ_TIMER`).
+    pub const TIMER: Self = Self(0);
     /// Something was typed at Xen's console; for dom0 (`VIRQ_CONSOLE`).
     pub const CONSOLE: Self = Self(2);
     /// Some domain shut down, crashed or died; for the domain that plays toolstack (`VIRQ_DOM_EXC`).

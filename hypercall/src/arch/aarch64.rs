@@ -39,6 +39,8 @@ pub mod shared_info {
     pub const UPCALL_PENDING: usize = 0;
     /// Of `evtchn_pending_sel` in `struct vcpu_info`, eight bytes.
     pub const PENDING_SEL: usize = 8;
+    /// Of `time` in `struct vcpu_info`, a [`VcpuTimeInfo`](crate::abi::VcpuTimeInfo).
+    pub const TIME: usize = 16;
     /// Of `evtchn_pending`, 64 words of eight bytes.
     pub const PENDING: usize = 48;
     /// Of `evtchn_mask`, 64 words of eight bytes.

@@ -2,6 +2,25 @@
 
 use core::arch::asm;
 use core::arch::x86_64::__cpuid;
+use core::sync::atomic::{AtomicU8, Ordering};
+
+const UNKNOWN: u8 = 0;
+const VMCALL: u8 = 1;
+const VMMCALL: u8 = 2;
+
+/// Which instruction calls the hypervisor on this processor. `CPUID` itself traps to Xen: it is asked once.
+#[inline]
+fn instruction() -> u8 {
+    static KNOWN: AtomicU8 = AtomicU8::new(UNKNOWN);
+    let known = KNOWN.load(Ordering::Relaxed);
+    if known != UNKNOWN {
+        return known;
+    }
+    // AMD ("AuthenticAMD", "HygonGenuine") has vmmcall, Intel vmcall; each faults on the other.
+    let found = if matches!(__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948) { VMMCALL } else { VMCALL };
+    KNOWN.store(found, Ordering::Relaxed);
+    found
+}
 
 /// Issues a hypercall. Arguments that a hypercall does not have are ignored by Xen.
 ///
@@ -12,8 +31,7 @@ use core::arch::x86_64::__cpuid;
 pub unsafe fn hypercall5(number: u64, args: [u64; 5]) -> i64 {
     let [a0, a1, a2, a3, a4] = args;
     let result: i64;
-    // AMD ("AuthenticAMD", "HygonGenuine") has vmmcall, Intel vmcall; each faults on the other.
-    if matches!(__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948) {
+    if instruction() == VMMCALL {
         // SAFETY: arch-x86/xen-x86_64.h: number in rax, arguments in rdi, rsi, rdx, r10, r8, result in rax; the
         // argument registers may be overwritten. The caller answers for the call's meaning. Memory is not marked
         // untouched, so the compiler assumes Xen wrote what it could reach.
@@ -41,6 +59,8 @@ pub mod shared_info {
     pub const UPCALL_PENDING: usize = 0;
     /// Of `evtchn_pending_sel` in `struct vcpu_info`, eight bytes.
     pub const PENDING_SEL: usize = 8;
+    /// Of `time` in `struct vcpu_info`, a [`VcpuTimeInfo`](crate::abi::VcpuTimeInfo).
+    pub const TIME: usize = 32;
     /// Of `evtchn_pending`, 64 words of eight bytes.
     pub const PENDING: usize = 2048;
     /// Of `evtchn_mask`, 64 words of eight bytes.

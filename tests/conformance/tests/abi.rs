@@ -33,11 +33,14 @@ const INCLUDES: &str = "
 #include <xen/version.h>
 #include <xen/memory.h>
 #include <xen/sched.h>
+#include <xen/vcpu.h>
 #include <xen/features.h>
 #include <xen/domctl.h>
 #include <xen/errno.h>
 #include <xen/hvm/hvm_op.h>
 #include <xen/hvm/params.h>
+#include <xen/arch-x86/hvm/start_info.h>
+#include <xen/io/console.h>
 #include <xen/io/netif.h>
 #include <xen/io/xenbus.h>
 #include <xen/io/xs_wire.h>
@@ -113,6 +116,21 @@ fn layouts() -> Vec<Row> {
             extent_start = "extent_start", nr_extents = "nr_extents", extent_order = "extent_order",
             mem_flags = "mem_flags", domid = "domid",
         }
+        "struct vcpu_set_singleshot_timer" = abi::SetSingleshotTimer {
+            timeout_abs_ns = "timeout_abs_ns", flags = "flags",
+        }
+        "struct vcpu_time_info" = abi::VcpuTimeInfo {
+            version = "version", tsc_timestamp = "tsc_timestamp", system_time = "system_time",
+            tsc_to_system_mul = "tsc_to_system_mul", tsc_shift = "tsc_shift", flags = "flags",
+        }
+        "struct hvm_start_info" = abi::HvmStartInfo {
+            magic = "magic", version = "version", flags = "flags", nr_modules = "nr_modules",
+            modlist_paddr = "modlist_paddr", cmdline_paddr = "cmdline_paddr", rsdp_paddr = "rsdp_paddr",
+            memmap_paddr = "memmap_paddr", memmap_entries = "memmap_entries", reserved = "reserved",
+        }
+        "struct hvm_memmap_table_entry" = abi::HvmMemmapEntry {
+            addr = "addr", size = "size", kind = "type", reserved = "reserved",
+        }
         "struct xen_hvm_param" = abi::HvmParam { domid = "domid", index = "index", value = "value" }
     }
     structures! { @fields rows: "struct gnttab_copy" = abi::GrantCopy { source = "source" } }
@@ -151,6 +169,7 @@ fn hypervisor() -> Vec<Row> {
         "__HYPERVISOR_xen_version" = call::XEN_VERSION,
         "__HYPERVISOR_console_io" = call::CONSOLE_IO,
         "__HYPERVISOR_grant_table_op" = call::GRANT_TABLE_OP,
+        "__HYPERVISOR_vcpu_op" = call::VCPU_OP,
         "__HYPERVISOR_sched_op" = call::SCHED_OP,
         "__HYPERVISOR_event_channel_op" = call::EVENT_CHANNEL_OP,
         "__HYPERVISOR_hvm_op" = call::HVM_OP,
@@ -184,12 +203,24 @@ fn hypervisor() -> Vec<Row> {
         "XENMEM_add_to_physmap" = op::MEM_ADD_TO_PHYSMAP,
         "XENMEM_remove_from_physmap" = op::MEM_REMOVE_FROM_PHYSMAP,
         "XENMEM_add_to_physmap_batch" = op::MEM_ADD_TO_PHYSMAP_BATCH,
+        "SCHEDOP_yield" = op::SCHED_YIELD,
+        "VCPUOP_stop_periodic_timer" = op::VCPU_STOP_PERIODIC_TIMER,
+        "VCPUOP_set_singleshot_timer" = op::VCPU_SET_SINGLESHOT_TIMER,
         "SCHEDOP_shutdown" = op::SCHED_SHUTDOWN,
         "HVMOP_set_param" = op::HVM_SET_PARAM,
         "HVMOP_get_param" = op::HVM_GET_PARAM,
         "XEN_DOMCTL_destroydomain" = op::DOMCTL_DESTROY,
         "XEN_DOMCTL_getdomaininfo" = op::DOMCTL_GETDOMAININFO,
         "XEN_DOMCTL_INTERFACE_VERSION" = abi::DOMCTL_INTERFACE_VERSION,
+        "HVM_PARAM_CALLBACK_IRQ" = hvm_param::CALLBACK_IRQ,
+        "HVM_PARAM_CONSOLE_PFN" = hvm_param::CONSOLE_PFN,
+        "HVM_PARAM_CONSOLE_EVTCHN" = hvm_param::CONSOLE_EVTCHN,
+        "offsetof(struct xencons_interface, out)" = abi::console::OUT,
+        "sizeof(((struct xencons_interface *)0)->out)" = abi::console::OUT_SIZE,
+        "offsetof(struct xencons_interface, out_cons)" = abi::console::OUT_CONS,
+        "offsetof(struct xencons_interface, out_prod)" = abi::console::OUT_PROD,
+        "XEN_HVM_START_MAGIC_VALUE" = abi::HVM_START_MAGIC,
+        "XEN_HVM_MEMMAP_TYPE_RAM" = abi::HVM_MEMMAP_RAM,
         "HVM_PARAM_STORE_PFN" = hvm_param::STORE_PFN,
         "HVM_PARAM_STORE_EVTCHN" = hvm_param::STORE_EVTCHN,
         "XENMAPSPACE_shared_info" = abi::XENMAPSPACE_SHARED_INFO,
@@ -217,6 +248,7 @@ fn hypervisor() -> Vec<Row> {
         "SHUTDOWN_soft_reset" = shutdown(ShutdownReason::SoftReset),
         "DOMID_SELF" = DomId::SELF.0,
         "DOMID_FIRST_RESERVED" = DomId::FIRST_RESERVED.0,
+        "VIRQ_TIMER" = Virq::TIMER.0,
         "VIRQ_CONSOLE" = Virq::CONSOLE.0,
         "VIRQ_DOM_EXC" = Virq::DOM_EXC.0,
         "(grant_handle_t)~0U" = MapHandle::INVALID.0,
@@ -395,9 +427,12 @@ fn of_this_processor() -> Vec<Row> {
         "XEN_LEGACY_MAX_VCPUS" = shared_info::VCPUS,
         "offsetof(struct vcpu_info, evtchn_upcall_pending)" = shared_info::UPCALL_PENDING,
         "offsetof(struct vcpu_info, evtchn_pending_sel)" = shared_info::PENDING_SEL,
+        "offsetof(struct vcpu_info, time)" = shared_info::TIME,
         "offsetof(struct shared_info, evtchn_pending)" = shared_info::PENDING,
         "offsetof(struct shared_info, evtchn_mask)" = shared_info::MASK,
     }
+    #[cfg(target_arch = "x86_64")]
+    numbers! { rows: "HVM_PARAM_CALLBACK_TYPE_VECTOR" = abi::CALLBACK_TYPE_VECTOR }
     rows
 }
 
