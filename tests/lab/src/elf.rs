@@ -68,6 +68,18 @@ pub fn flat(elf: &[u8]) -> Result<Vec<u8>> {
     Ok(image)
 }
 
+/// The program as far as it is loaded: without symbols and debug information, which lie behind the segments.
+pub fn loadable(elf: &[u8]) -> Result<Vec<u8>> {
+    let ends = segments(elf)?.into_iter().map(|s| s.offset.checked_add(s.file_size));
+    let end = ends.max().flatten().context("no segments in an ELF file")?;
+    let mut kept = elf.get(..usize::try_from(end)?).context("truncated ELF file")?.to_vec();
+    // Where the table of sections was, the size of its entries, their number, and which has their names.
+    for (at, size) in [(40, 8), (58, 6)] {
+        kept.get_mut(at..at + size).context("truncated ELF file")?.fill(0);
+    }
+    Ok(kept)
+}
+
 /// The names of the shared libraries a program or library needs.
 pub fn needed(elf: &[u8]) -> Result<Vec<String>> {
     let all = segments(elf)?;
@@ -119,6 +131,9 @@ mod tests {
         assert!(section(&own, ".text").unwrap().unwrap().len() > 1000);
         assert!(flat(&own).unwrap().starts_with(b"\x7fELF"));
         assert!(section(&own, ".no-such-section").unwrap().is_none());
+        let kept = loadable(&own).unwrap();
+        assert!(kept.len() < own.len() && needed(&kept).unwrap() == needed(&own).unwrap());
+        assert!(section(&kept, ".text").unwrap().is_none());
     }
 
     #[test]

@@ -3,12 +3,12 @@
 use std::fs::{self, File};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::packages;
 use crate::paths;
 use crate::run::{Tally, fresh};
-use crate::toolchain::{AARCH64, Toolchain, X86_64};
+use crate::toolchain::{self, AARCH64, IMAGE_LIMIT, IMAGES, Toolchain, X86_64};
 use crate::ui::Task;
 
 /// Packages that run on bare metal.
@@ -110,9 +110,9 @@ pub fn lint() -> Result<()> {
     let mut docs = cargo(&["doc", "--workspace", "--no-deps"]);
     docs.env("RUSTDOCFLAGS", "-D warnings");
     clean &= lint_one("documentation", &mut docs)?;
-    for (target, packages) in
-        [(X86_64, LIBRARIES.to_vec()), (AARCH64, [LIBRARIES, &["dom0"]].concat())]
-    {
+    for target in [X86_64, AARCH64] {
+        let images = IMAGES.iter().filter(|(_, t)| *t == target).map(|(package, _)| *package);
+        let packages = LIBRARIES.iter().copied().chain(images);
         let toolchain = Toolchain::find(target)?;
         // Debian's package has no clippy for its compiler; its warnings are still errors.
         let (what, word) = match toolchain {
@@ -129,13 +129,13 @@ pub fn lint() -> Result<()> {
     Ok(())
 }
 
-/// `cargo lab build`: where dom0's image is and how large.
+/// `cargo lab build`: where the images are and how large.
 pub fn build() -> Result<()> {
-    let path = crate::toolchain::dom0()?;
-    let size = fs::metadata(&path)?.len();
-    println!("{} {size} bytes", paths::shown(&path));
-    if size > crate::toolchain::IMAGE_LIMIT {
-        bail!("dom0's image is larger than {} bytes", crate::toolchain::IMAGE_LIMIT);
+    for (package, target) in IMAGES {
+        let path = toolchain::image(package, target)?;
+        let size = fs::metadata(&path)?.len();
+        println!("{} {size} bytes", paths::shown(&path));
+        ensure!(size <= IMAGE_LIMIT, "{package}'s image is larger than {IMAGE_LIMIT} bytes");
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ struct Arguments {
 enum What {
     /// Get all that a run needs, whatever of it is missing
     Setup,
-    /// Build dom0's image; shows where it is and its size
+    /// Build all images; shows where they are and how large
     Build,
     /// Formatting, clippy, documentation and bare-metal builds, all without warnings
     Lint,
@@ -94,7 +94,10 @@ fn act(what: &What) -> Result<ExitCode> {
             packages::qemu_x86_64()?;
             packages::headers()?;
             images::prepare(false)?;
-            toolchain::Toolchain::find(toolchain::AARCH64)?;
+            images::prepare_xl(&[])?;
+            for target in [toolchain::AARCH64, toolchain::X86_64] {
+                toolchain::Toolchain::find(target)?;
+            }
             println!("ready: everything is in {}", paths::shown(&paths::lab()));
         }
         What::Build => host::build()?,

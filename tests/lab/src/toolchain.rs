@@ -12,11 +12,13 @@ use crate::packages::{Packages, run};
 use crate::paths;
 use crate::ui::Task;
 
-/// The target of dom0's image.
+/// Arm's 64 bits.
 pub const AARCH64: &str = "aarch64-unknown-none";
-/// The other target that libraries are built for.
+/// The PC's 64 bits.
 pub const X86_64: &str = "x86_64-unknown-none";
-/// dom0's image may not be larger.
+/// All images: the package and the target.
+pub const IMAGES: &[(&str, &str)] = &[("dom0", AARCH64)];
+/// No image may be larger.
 pub const IMAGE_LIMIT: u64 = 2 << 20;
 
 /// How to build for bare metal on this machine.
@@ -118,27 +120,37 @@ fn debian_rustc() -> Result<PathBuf> {
     Ok(script)
 }
 
-/// Builds dom0 and returns its image, an arm64 Image: the load segments of the program, which begin with the header.
-pub fn dom0() -> Result<PathBuf> {
-    let toolchain = Toolchain::find(AARCH64)?;
-    let task = Task::new("building dom0 for aarch64");
+/// Builds an image and returns where it is.
+pub fn image(package: &str, target: &str) -> Result<PathBuf> {
+    let toolchain = Toolchain::find(target)?;
+    let arch = target.split('-').next().unwrap_or(target);
+    let task = Task::new(format!("building {package} for {arch}"));
     let out = toolchain
-        .cargo("build", AARCH64, false)
-        .args(["--profile", "image", "--package", "dom0"])
+        .cargo("build", target, false)
+        .args(["--profile", "image", "--package", package])
         .stdin(Stdio::null())
         .output()
         .context("cannot run cargo")?;
     if !out.status.success() {
-        bail!("dom0 does not build:\n{}", String::from_utf8_lossy(&out.stderr));
+        bail!("{package} does not build:\n{}", String::from_utf8_lossy(&out.stderr));
     }
-    let program = paths::lab().join("cargo").join(AARCH64).join("image/dom0");
-    let image = elf::flat(&fs::read(&program)?).context("dom0's program is odd")?;
-    ensure!(
-        image.get(0x38..0x3c) == Some(b"ARM\x64"),
-        "dom0's program does not begin with an arm64 Image header"
-    );
-    let path = paths::directory("images")?.join("dom0-aarch64.img");
+    let program = paths::lab().join("cargo").join(target).join("image").join(package);
+    let program = fs::read(&program)?;
+    let image = match target {
+        AARCH64 => arm64_image(&program),
+        // What xl loads is the program itself.
+        _ => elf::loadable(&program),
+    };
+    let image = image.with_context(|| format!("{package}'s program is odd"))?;
+    let path = paths::directory("images")?.join(format!("{package}-{arch}.img"));
     fs::write(&path, &image)?;
     task.done(&format!("{} KiB", image.len() / 1024));
     Ok(path)
+}
+
+/// The load segments of a program, which begin with an arm64 Image's header.
+fn arm64_image(program: &[u8]) -> Result<Vec<u8>> {
+    let image = elf::flat(program)?;
+    ensure!(image.get(0x38..0x3c) == Some(b"ARM\x64"), "no arm64 Image header");
+    Ok(image)
 }

@@ -12,7 +12,7 @@ use crate::console::Source;
 use crate::images::{self, Images};
 use crate::machine::aarch64::{Board, Domain};
 use crate::run::{Run, Tally};
-use crate::toolchain::{self, IMAGE_LIMIT};
+use crate::toolchain::{self, AARCH64, IMAGE_LIMIT};
 
 pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &str) -> Board<'a> {
     Board {
@@ -28,7 +28,7 @@ pub fn ours(kernel: &Path) -> Domain<'_> {
 }
 
 pub fn prepare() -> Result<(Images, PathBuf)> {
-    Ok((images::prepare(false)?, toolchain::dom0()?))
+    Ok((images::prepare(false)?, toolchain::image("dom0", AARCH64)?))
 }
 
 pub fn boot(name: &'static str) -> Result<()> {
