@@ -2,11 +2,10 @@
 
 use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::{AtomicUsize, Ordering};
 
 use hypercall::{Errno, Hypervisor, Instant, Port};
 
-use crate::bits::EventBits;
+use crate::ports::{Life, Ports};
 
 /// Nanoseconds that a port is left masked after its second spurious event in a row; doubled with each further one.
 const FIRST_DELAY: u64 = 1_000_000;
@@ -32,22 +31,44 @@ pub enum Eoi {
     Throttled(Instant),
 }
 
-/// A bound port; closed when dropped.
+/// A bound port; closed when dropped. After [`Upcalls::resumed`](crate::Upcalls::resumed) it is void.
 pub struct Channel<H: Hypervisor> {
-    hv: H,
-    bits: EventBits,
+    ports: Arc<Ports<H>>,
     port: Port,
+    life: Life,
     /// Spurious events in a row.
     spurious: u32,
     until: Option<Instant>,
-    bound: Arc<AtomicUsize>,
 }
 
 impl<H: Hypervisor> Channel<H> {
-    pub(crate) fn new(hv: H, bits: EventBits, port: Port, bound: Arc<AtomicUsize>) -> Self {
-        bound.fetch_add(1, Ordering::Relaxed);
-        bits.unmask_port(port);
-        Self { hv, bits, port, spurious: 0, until: None, bound }
+    /// For a port that `ports` counts as bound.
+    pub(crate) fn new(ports: Arc<Ports<H>>, port: Port) -> Self {
+        let life = ports.life();
+        let mut channel = Self { ports, port, life, spurious: 0, until: None };
+        // If it stays closed, it is due from the beginning.
+        let _ = channel.open(Instant(0));
+        channel
+    }
+
+    /// Whether the number of the port still means what it did.
+    fn is_current(&self) -> bool {
+        self.life == self.ports.life()
+    }
+
+    /// Opens the port; where that fails, it counts as throttled, to be opened later.
+    fn open(&mut self, now: Instant) -> Eoi {
+        self.until = None;
+        if self.is_current() && self.ports.unmask(self.port).is_err() {
+            return self.throttle(now, FIRST_DELAY);
+        }
+        Eoi::Open
+    }
+
+    fn throttle(&mut self, now: Instant, nanos: u64) -> Eoi {
+        let until = now.after(nanos);
+        self.until = Some(until);
+        Eoi::Throttled(until)
     }
 
     /// Which port.
@@ -59,9 +80,12 @@ impl<H: Hypervisor> Channel<H> {
     /// Raises the other end.
     ///
     /// # Errors
-    /// As Xen answers.
+    /// As Xen answers; [`Errno::INVAL`] when the channel is void.
     pub fn notify(&self) -> Result<(), Errno> {
-        self.hv.notify(self.port)
+        if !self.is_current() {
+            return Err(Errno::INVAL);
+        }
+        self.ports.hv.notify(self.port)
     }
 
     /// Ends an event that [`Upcalls::scan`](crate::Upcalls::scan) handed out, after the work for it is done. A single
@@ -73,14 +97,10 @@ impl<H: Hypervisor> Channel<H> {
             Work::Spurious => self.spurious = self.spurious.saturating_add(1),
         }
         if self.spurious < 2 {
-            self.until = None;
-            self.bits.unmask_port(self.port);
-            return Eoi::Open;
+            return self.open(now);
         }
         let doublings = (self.spurious - 2).min(MAX_DOUBLINGS);
-        let until = now.after(FIRST_DELAY << doublings);
-        self.until = Some(until);
-        Eoi::Throttled(until)
+        self.throttle(now, FIRST_DELAY << doublings)
     }
 
     /// When a throttled port is to be opened again.
@@ -92,18 +112,17 @@ impl<H: Hypervisor> Channel<H> {
     /// Opens a throttled port whose time has come.
     pub fn open_if_due(&mut self, now: Instant) {
         if self.until.is_some_and(|until| until <= now) {
-            self.until = None;
-            self.bits.unmask_port(self.port);
+            // If it stays closed, `until` says so.
+            let _ = self.open(now);
         }
     }
 }
 
 impl<H: Hypervisor> Drop for Channel<H> {
     fn drop(&mut self) {
-        self.bits.mask_port(self.port);
-        // A port that Xen has already closed, because its peer is gone for good, is what we want.
-        let _ = self.hv.close(self.port);
-        self.bound.fetch_sub(1, Ordering::Relaxed);
+        if self.is_current() {
+            self.ports.close(self.port);
+        }
     }
 }
 

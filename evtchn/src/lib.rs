@@ -3,9 +3,12 @@
 
 extern crate alloc;
 
-mod bits;
 mod channel;
+mod fifo;
+mod ports;
+mod two_level;
 mod upcall;
 
 pub use channel::{Channel, Eoi, Work};
+pub use ports::Delivery;
 pub use upcall::{Binder, Upcalls};

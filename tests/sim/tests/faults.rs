@@ -74,6 +74,13 @@ fn everything(s: &Setting) -> Vec<String> {
     check(Kind::Notify, err(hv.notify(port)));
     check(Kind::Unmask, err(hv.unmask(port)));
     check(Kind::Close, err(hv.close(port)));
+    // SAFETY: nobody has references to this page, and nothing else is done with what is in there.
+    let queues = unsafe { hv.init_control(VcpuId(0), s.to) };
+    if queues.is_ok() {
+        // SAFETY: as above.
+        check(Kind::ExpandArray, err(unsafe { hv.expand_array(s.to) }));
+    }
+    check(Kind::InitControl, err(queues));
     let mut ops = copies(s.guest.id(), s.to, 3);
     // SAFETY: nobody has references to these pages.
     let copied = unsafe { hv.grant_copy(&mut ops) };

@@ -1,4 +1,4 @@
-//! The event bits in the shared info page: 2-level, 4,096 channels.
+//! The event bits in the shared info page: 2-level delivery, 4,096 channels.
 
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
@@ -11,10 +11,10 @@ use hypercall::arch::shared_info as layout;
 use hypercall::{Hypervisor, Port, VcpuId};
 
 /// Words in each bitmap, and bits in each word.
-pub(crate) const WORDS: usize = 64;
+const WORDS: usize = 64;
 
-/// Bytes in memory for each byte of the page: a model checker's atomics are larger than what they stand for.
-const SCALE: usize = if cfg!(loom) { 8 } else { 1 };
+/// Bytes in memory for each byte of a page: a model checker's atomics are larger than what they stand for.
+pub(crate) const SCALE: usize = if cfg!(loom) { 8 } else { 1 };
 
 /// Where the bits are. Valid as long as the handle it came from, which its holders keep beside it.
 #[derive(Clone, Copy, Debug)]
@@ -47,16 +47,23 @@ impl EventBits {
         unsafe { self.base.add((self.vcpu + layout::UPCALL_PENDING) * SCALE).cast().as_ref() }
     }
 
-    pub(crate) fn pending_sel(&self) -> &AtomicU64 {
+    fn pending_sel(&self) -> &AtomicU64 {
         self.word(self.vcpu + layout::PENDING_SEL)
     }
 
-    pub(crate) fn pending(&self, word: usize) -> &AtomicU64 {
+    fn pending(&self, word: usize) -> &AtomicU64 {
         self.word(layout::PENDING + word % WORDS * 8)
     }
 
-    pub(crate) fn mask(&self, word: usize) -> &AtomicU64 {
+    fn mask(&self, word: usize) -> &AtomicU64 {
         self.word(layout::MASK + word % WORDS * 8)
+    }
+
+    /// Stops events of all ports from raising upcalls.
+    pub(crate) fn mask_all(&self) {
+        for word in 0..WORDS {
+            self.mask(word).store(u64::MAX, Ordering::SeqCst);
+        }
     }
 
     /// Stops events of `port` from raising an upcall.
@@ -75,15 +82,62 @@ impl EventBits {
     }
 
     /// Has the next scan look at `word`.
-    pub(crate) fn raise(&self, word: usize) {
+    fn raise(&self, word: usize) {
         self.pending_sel().fetch_or(1 << (word % WORDS), Ordering::SeqCst);
+        self.look_again();
+    }
+
+    /// Has a scan find something to do.
+    pub(crate) fn look_again(&self) {
         // An exchange, as in Xen: model checkers order those fully, and plain stores not.
         self.upcall_pending().swap(1, Ordering::SeqCst);
+    }
+
+    /// Hands out at most `budget` ports. `start` is where to begin, so that a busy low port cannot starve a high one; it is
+    /// moved on.
+    pub(crate) fn scan(&self, start: &mut u32, budget: usize, mut each: impl FnMut(Port)) -> usize {
+        let mut selected = self.pending_sel().swap(0, Ordering::SeqCst);
+        let (first_word, first_bit) = ((*start / 64) as usize, *start % 64);
+        let mut found = 0;
+        // The first word is looked at twice: from the starting bit on, and in the end below it.
+        for step in 0..=WORDS {
+            let word = (first_word + step) % WORDS;
+            if selected & (1 << word) == 0 {
+                continue;
+            }
+            let part = match step {
+                0 => u64::MAX << first_bit,
+                WORDS => !(u64::MAX << first_bit),
+                _ => u64::MAX,
+            };
+            let masked = |word| self.mask(word).load(Ordering::SeqCst);
+            let mut ready = self.pending(word).load(Ordering::SeqCst) & !masked(word) & part;
+            while ready != 0 {
+                if found == budget {
+                    // Come back for this word, and for those not reached.
+                    self.pending_sel().fetch_or(selected, Ordering::SeqCst);
+                    self.raise(word);
+                    return found;
+                }
+                let bit = ready.trailing_zeros();
+                ready &= ready - 1;
+                let port = Port(word as u32 * 64 + bit);
+                self.mask_port(port);
+                self.pending(word).fetch_and(!(1 << bit), Ordering::SeqCst);
+                *start = (port.0 + 1) % (WORDS as u32 * 64);
+                found += 1;
+                each(port);
+            }
+            if step != 0 || first_bit == 0 {
+                selected &= !(1 << word);
+            }
+        }
+        found
     }
 }
 
 /// A port's word and its bit in there.
-pub(crate) fn place(port: Port) -> (usize, u64) {
+fn place(port: Port) -> (usize, u64) {
     let word = (port.0 / 64) as usize % WORDS;
     (word, 1 << (port.0 % 64))
 }
