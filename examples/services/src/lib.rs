@@ -8,8 +8,11 @@ extern crate alloc;
 extern crate std;
 
 pub mod control;
+pub mod generator;
 pub mod http;
+pub mod jobs;
 pub mod store;
+pub mod streams;
 
 #[cfg(test)]
 mod host;

@@ -2,7 +2,7 @@
 
 use evtchn::{Binder, Channel, Eoi, Work};
 use grant::SharedMemory;
-use hypercall::{Hypervisor, Instant, Port};
+use hypercall::{Errno, Hypervisor, Instant, Port};
 use xenbus::client::Client;
 use xenbus::ring::{ClientEnd, StoreRing};
 use xenbus::wire::interface::FEATURE_RECONNECTION;
@@ -33,17 +33,19 @@ pub struct Connection<H: Hypervisor, M: SharedMemory> {
 
 impl<H: Hypervisor, M: SharedMemory> Connection<H, M> {
     /// A connection by the ring in `page`, whose other end is told by `port`; the toolstack has bound that already.
-    #[must_use]
-    pub fn new(binder: &Binder<H>, page: M, port: Port) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The port cannot be had.
+    pub fn new(binder: &Binder<H>, page: M, port: Port) -> Result<Self, Errno> {
+        Ok(Self {
             client: Client::new(),
             ring: StoreRing::attach(page),
-            channel: binder.adopt(port),
+            channel: binder.adopt(port)?,
             // Found out by the first poll.
             state: State::Waiting,
             event: false,
             next_look: Instant(0),
-        }
+        })
     }
 
     /// The client, whose bytes [`poll`](Self::poll) moves.
@@ -107,12 +109,16 @@ impl<H: Hypervisor, M: SharedMemory> Connection<H, M> {
 
     /// The ring of the domain's new life, after a suspend that was not cancelled. What was asked is answered by
     /// [`Error::Disconnected`](xenbus::client::Error::Disconnected), and watches fire again.
-    pub fn resumed(&mut self, binder: &Binder<H>, page: M, port: Port) {
+    ///
+    /// # Errors
+    /// The port cannot be had; there is no store then.
+    pub fn resumed(&mut self, binder: &Binder<H>, page: M, port: Port) -> Result<(), Errno> {
+        self.client.reconnect();
+        self.channel = binder.adopt(port)?;
         self.ring = StoreRing::attach(page);
-        self.channel = binder.adopt(port);
         self.state = State::Waiting;
         self.event = false;
-        self.client.reconnect();
+        Ok(())
     }
 
     fn break_off(&mut self) {
@@ -164,6 +170,8 @@ mod tests {
         }
     }
 
+    type Ring = StoreRing<Mapping<SimHv>, ServerEnd>;
+
     /// A domain, and the store in dom0.
     struct World {
         table: GrantTable<SimHv>,
@@ -172,7 +180,7 @@ mod tests {
         mapper: Mapper<SimHv>,
         server: Server,
         conn: ConnId,
-        ring: Option<(StoreRing<Mapping<SimHv>, ServerEnd>, Channel<SimHv>)>,
+        ring: Option<(Ring, Channel<SimHv>)>,
         now: Instant,
     }
 
@@ -254,7 +262,7 @@ mod tests {
         let mut world = World::new();
         let (page, port) = world.ring();
         page.store_u32(2068, 1, core::sync::atomic::Ordering::Relaxed);
-        let mut connection = Connection::new(&world.upcalls.binder(), page, port);
+        let mut connection = Connection::new(&world.upcalls.binder(), page, port).unwrap();
         connection.client().read_many(["domid"]);
         assert_eq!(world.events(&mut connection), []);
         assert!(!connection.is_connected() && connection.deadline().is_some());
@@ -269,7 +277,8 @@ mod tests {
         for (features, mended) in [(FEATURE_RECONNECTION, true), (0, false)] {
             let mut world = World::new();
             let (page, port) = world.ring();
-            let mut connection = Connection::new(&world.upcalls.binder(), page.clone(), port);
+            let mut connection =
+                Connection::new(&world.upcalls.binder(), page.clone(), port).unwrap();
             world.connect(features);
             let watch = connection.client().watch("domid");
             assert_eq!(world.events(&mut connection).len(), 1);
@@ -296,14 +305,14 @@ mod tests {
     fn after_a_resume_all_goes_by_the_new_ring() {
         let mut world = World::new();
         let (page, port) = world.ring();
-        let mut connection = Connection::new(&world.upcalls.binder(), page, port);
+        let mut connection = Connection::new(&world.upcalls.binder(), page, port).unwrap();
         world.connect(0);
         let watch = connection.client().watch("domid");
         assert_eq!(world.events(&mut connection).len(), 1);
         world.server.disconnect(world.conn);
         world.conn = world.server.introduce(DomId(1));
         let (page, port) = world.ring();
-        connection.resumed(&world.upcalls.binder(), page, port);
+        connection.resumed(&world.upcalls.binder(), page, port).unwrap();
         let events = world.events(&mut connection);
         assert_eq!(events, [Event::Watch { watch, path: "domid".into() }]);
         connection.client().read_many(["domid"]);
