@@ -72,6 +72,11 @@ impl<'a> Tree<'a> {
         Some(Gic { distributor: parts.next()?, redistributors: parts.next()? })
     }
 
+    /// The registers of an SBSA UART, such as Xen emulates for a guest.
+    pub fn uart(&self) -> Option<Range<u64>> {
+        registers(self.0.find_compatible(&["arm,sbsa-uart"])?).next()
+    }
+
     /// The private interrupt, counted from 0, of the virtual timer: the third of the four in the node (secure,
     /// non-secure, virtual, hypervisor).
     pub fn timer_ppi(&self) -> Option<u32> {
@@ -118,6 +123,9 @@ mod tests {
     /// What Xen 4.17 gave a dom0 of 32 MiB on QEMU's `virt` machine.
     const DOM0: &[u8] = include_bytes!("../testdata/dom0-aarch64.dtb");
 
+    /// What it gave a guest of 256 MiB, started from the device tree too.
+    const GUEST: &[u8] = include_bytes!("../testdata/guest-aarch64.dtb");
+
     fn tree() -> Tree<'static> {
         Tree::new(DOM0).unwrap()
     }
@@ -139,7 +147,31 @@ mod tests {
             })
         );
         assert_eq!(tree().timer_ppi(), Some(11));
+        assert_eq!(tree().uart(), None);
         assert_eq!(tree().bootargs(), "console=hvc0 earlycon=xen rdinit=/init quiet");
+    }
+
+    #[test]
+    fn the_tree_of_a_guest_says_all_that_boot_needs() {
+        let tree = Tree::new(GUEST).unwrap();
+        let memory = tree.memory().unwrap();
+        let memory: Vec<_> = memory.iter().map(|range| (range.start, range.end)).collect();
+        assert_eq!(memory, [(0x4000_0000, 0x5000_0000)]);
+        assert_eq!(
+            tree.hypervisor(),
+            Some(Hypervisor { grant_table: 0x3800_0000..0x3900_0000, event_ppi: 15 })
+        );
+        assert_eq!(
+            tree.gic(),
+            Some(Gic {
+                distributor: 0x300_1000..0x301_1000,
+                redistributors: 0x302_0000..0x402_0000
+            })
+        );
+        assert_eq!(tree.timer_ppi(), Some(11));
+        assert_eq!(tree.uart(), Some(0x2200_0000..0x2200_1000));
+        assert!(!tree.mentions(&(0x3900_0000..0x3a00_0000)), "where the store's page is put");
+        assert!(!tree.mentions(&((1 << 44) - (1 << 30)..1 << 44)));
     }
 
     #[test]

@@ -4,16 +4,19 @@ mod boot;
 mod exceptions;
 mod interrupts;
 mod mmu;
+mod uart;
 
 use core::ops::Range;
 use core::ptr::{NonNull, with_exposed_provenance};
 use core::slice;
+use core::sync::atomic::{AtomicBool, Ordering};
 
-use hypercall::{Errno, Gfn, PAGE_SIZE, Suspended};
+use features::XenFeatures;
+use hypercall::{Errno, Gfn, Hypervisor, PAGE_SIZE, Platform, Suspended};
 
 pub use interrupts::{acknowledge, bind_timer, now, wait};
 
-use crate::machine::{self, HV, PAGES, WINDOW_BYTES};
+use crate::machine::{self, HV, MACHINE, PAGES, WINDOW_BYTES};
 use crate::ranges::Ranges;
 use crate::tree::Tree;
 use crate::{BootInfo, Hv, console};
@@ -44,9 +47,11 @@ pub fn suspend(_: &Hv) -> Result<Suspended, Errno> {
     Err(Errno::NOSYS)
 }
 
-/// Prints on this domain's console.
+/// Prints on this domain's console: the UART that Xen emulates for a guest, else Xen's own, which it lets dom0 use.
 pub fn write(text: &[u8]) {
-    HV.console_write(text);
+    if uart::write(text).is_none() {
+        HV.console_write(text);
+    }
 }
 
 /// Prints what is said before the domain ends itself.
@@ -54,10 +59,30 @@ pub fn last_words(text: &[u8]) {
     write(text);
 }
 
-/// Where we see a frame of our own that the toolstack set aside, mapped for good.
-pub fn show(_: Gfn) -> Option<NonNull<u8>> {
-    // dom0, whose store has no ring to itself.
-    None
+/// Where a toolstack puts the pages that it shares with a guest: `GUEST_MAGIC_BASE` and `_SIZE` (arch-arm.h).
+const SET_ASIDE: Range<u64> = 0x3900_0000..0x3a00_0000;
+
+/// Whether those addresses are mapped. Written once, at boot.
+static IS_SET_ASIDE: AtomicBool = AtomicBool::new(false);
+
+/// Where we see a frame of our own that the toolstack set aside, mapped for good. To dom0 nobody gives any.
+pub fn show(frame: Gfn) -> Option<NonNull<u8>> {
+    let is_shown = IS_SET_ASIDE.load(Ordering::Relaxed) && SET_ASIDE.contains(&frame.address());
+    is_shown.then(|| MACHINE.gfn_to_virt(frame))
+}
+
+/// Maps what a guest has and dom0 has not: the UART, and the addresses at which pages appear when the toolstack gives them.
+fn map_guest(tree: &Tree<'_>, tables: &mut Tables) -> Option<()> {
+    if let Some(registers) = tree.uart() {
+        tables.map(&pages_of(&registers), Use::Device)?;
+        // SAFETY: mapped for good, and the tree says what is there.
+        unsafe { uart::init(registers.start) };
+    }
+    if !tree.mentions(&SET_ASIDE) {
+        tables.map(&SET_ASIDE, Use::Write)?;
+        IS_SET_ASIDE.store(true, Ordering::Relaxed);
+    }
+    Some(())
 }
 
 fn place(symbol: &u8) -> u64 {
@@ -111,6 +136,10 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
     // SAFETY: boot leaves the MMU off; the tables map the image, the device tree and all other memory. What was
     // written since is in the image: its data, its stack and the tables.
     unsafe { mmu::enable(&tables, &image) };
+    let offered = XenFeatures::from_bits_retain(HV.features(0).unwrap_or(0));
+    if !offered.contains(XenFeatures::DOM0) {
+        map_guest(&tree, &mut tables).ok_or("fewer pieces of memory to map")?;
+    }
     console::init();
 
     let mut free = Ranges::default();
@@ -128,13 +157,7 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
     let (windows, shared_info) = (Gfn::of_address(space), Gfn::of_address(space + WINDOW_BYTES));
     let grant_table = Gfn::of_address(xen.grant_table.start)..Gfn::of_address(xen.grant_table.end);
     // SAFETY: all mapped, and none of it memory: `find_space` for the one, Xen's word for the other.
-    unsafe {
-        machine::init(
-            hypercall::Platform::gfn_to_virt(&machine::MACHINE, shared_info),
-            windows,
-            grant_table,
-        )
-    };
+    unsafe { machine::init(MACHINE.gfn_to_virt(shared_info), windows, grant_table) };
 
     // SAFETY: mapped above as device memory; nothing else knows of the registers.
     unsafe { interrupts::init(&gic, xen.event_ppi, timer_ppi) }.ok_or("interrupts")?;
