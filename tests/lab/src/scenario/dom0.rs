@@ -55,8 +55,20 @@ pub fn test(name: &'static str) -> Result<Tally> {
     run.finish(name)
 }
 
-/// Everybody is there, and it fits in what it has to fit in.
+/// Everybody is there.
 pub fn up(run: &mut Run, dom0: &Path) -> bool {
+    let mut up = ready(run, dom0) && traffic::guests_ready(run, 90);
+    for domain in 1..=2 {
+        up = up && connects(run, domain, &[]);
+        if up {
+            traffic::carrier(run, domain);
+        }
+    }
+    up
+}
+
+/// dom0 is there, and fits in what it has to fit in.
+pub fn ready(run: &mut Run, dom0: &Path) -> bool {
     let made = fs::metadata(dom0).map_err(Into::into).and_then(|m| {
         ensure!(m.len() <= IMAGE_LIMIT, "{} bytes, more than {IMAGE_LIMIT}", m.len());
         Ok(format!("{} KiB", m.len() / 1024))
@@ -74,23 +86,24 @@ pub fn up(run: &mut Run, dom0: &Path) -> bool {
     let made = run.expect(Source::Dom(0), 60, "\"dom0: ready\"", |l| {
         l.text.contains("dom0: ready").then(|| l.text.clone())
     });
-    if !run.check("dom0 is ready", Source::Dom(0), made) || !traffic::guests_ready(run, 90) {
-        return false;
-    }
-    let mut connected = true;
-    for domain in 1..=2 {
-        let start = format!("vif{domain}.0: connected ");
-        let made = run.expect(Source::Dom(0), 30, &format!("\"{start}\""), |l| {
-            Some(l.text.split_once(&start)?.1.to_owned())
-        });
-        let made = made.and_then(|text| {
-            ensure!(text.contains("features="), "no features in \"{text}\"");
-            Ok(text)
-        });
-        connected &= run.check(&format!("vif{domain}.0 connects"), Source::Dom(0), made);
-        traffic::carrier(run, domain);
-    }
-    connected
+    run.check("dom0 is ready", Source::Dom(0), made)
+}
+
+/// Checks that a guest's vif is connected, and with these features.
+pub fn connects(run: &mut Run, domain: usize, features: &[&str]) -> bool {
+    let start = format!("vif{domain}.0: connected ");
+    let made = run.expect(Source::Dom(0), 30, &format!("\"{start}\""), |l| {
+        Some(l.text.split_once(&start)?.1.to_owned())
+    });
+    let made = made.and_then(|text| {
+        let (_, list) = text.split_once("features=").context("it says no features")?;
+        for feature in features {
+            let has = list.split(',').any(|word| word == *feature);
+            ensure!(has, "no {feature} in \"{text}\"");
+        }
+        Ok(text)
+    });
+    run.check(&format!("vif{domain}.0 connects"), Source::Dom(0), made)
 }
 
 /// dom0's CPU time, from Xen, over ten seconds in which nothing moves.

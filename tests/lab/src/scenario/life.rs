@@ -120,7 +120,7 @@ pub fn crash(run: &mut Run) {
     let _ = stream_stop(run);
     let made = before.and_then(|before| {
         let after = run.metrics(2, "crash-after")?;
-        let_go(&before, &after)
+        let_go(&before, &after, 1)
     });
     run.check("nothing of the crashed guest is held", Source::Dom(0), made);
     let made = traffic::ping(run, 2, "4:1", 56, 20).map(|(text, _)| text);
@@ -154,7 +154,8 @@ fn crashed(run: &mut Run) -> Result<String> {
     Ok(format!("{seconds:.2} s after its last word"))
 }
 
-fn let_go(before: &Metrics, after: &Metrics) -> Result<String> {
+/// dom0 holds nothing of a domain any more that it held before.
+pub fn let_go(before: &Metrics, after: &Metrics, domain: usize) -> Result<String> {
     let mut text = Vec::new();
     for name in ["grant_mappings", "evtchn_ports_bound"] {
         let (old, new) = (before.need(name, &[])?, after.need(name, &[])?);
@@ -165,10 +166,11 @@ fn let_go(before: &Metrics, after: &Metrics) -> Result<String> {
     let (old, new) = (before.need(name, &[])?, after.need(name, &[])?);
     ensure!(new >= old, "{name} was {old} and is {new}");
     for name in ["xenstore_nodes", "xenstore_watches", "xenstore_transactions"] {
-        let left = after.get(name, &[("domid", "1")]).unwrap_or(0.0);
-        ensure!(left == 0.0, "{name} of domain 1: {left} left");
+        let left = after.get(name, &[("domid", &domain.to_string())]).unwrap_or(0.0);
+        ensure!(left == 0.0, "{name} of domain {domain}: {left} left");
     }
-    ensure!(after.get("netback_vif_state", &[("vif", "1.0")]).is_none(), "vif1.0 is still there");
+    let vif = format!("{domain}.0");
+    ensure!(after.get("netback_vif_state", &[("vif", &vif)]).is_none(), "vif{vif} is still there");
     text.push("no vif, nodes, watches or transactions left".to_owned());
     Ok(text.join(", "))
 }

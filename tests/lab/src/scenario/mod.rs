@@ -1,10 +1,12 @@
 //! The scenarios: what is started and what is checked.
 
 mod dom0;
+mod guest;
 mod life;
 mod linux;
 mod store;
 mod traffic;
+mod transfer;
 mod udp;
 mod withdraw;
 mod x86;
@@ -42,6 +44,13 @@ pub const ALL: &[Scenario] = &[
         by_default: true,
         test: withdraw::test,
         boot: dom0::boot,
+    },
+    Scenario {
+        name: "guest-aarch64",
+        about: "two guests of this project and a Linux one on this project's dom0: Rust at both ends and in the middle",
+        by_default: true,
+        test: guest::test,
+        boot: guest::boot,
     },
     Scenario {
         name: "linux-dom0-aarch64",

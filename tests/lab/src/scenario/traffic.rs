@@ -2,19 +2,23 @@
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
+use super::transfer;
 use crate::console::Source;
 use crate::run::Run;
 
 /// Checks that both guests' agents take steps.
 pub fn guests_ready(run: &mut Run, seconds: u64) -> bool {
-    (1..=2).all(|domain| {
-        let made = run
-            .expect(Source::Dom(domain), seconds, "the guest's agent", |l| {
-                l.text.contains("L 0 ready").then_some(())
-            })
-            .map(|()| "takes steps".to_owned());
-        run.check(&format!("guest {domain} is up"), Source::Dom(domain), made)
-    })
+    (1..=2).all(|domain| guest_ready(run, domain, seconds))
+}
+
+/// Checks that a guest's agent takes steps.
+pub fn guest_ready(run: &mut Run, domain: usize, seconds: u64) -> bool {
+    let made = run
+        .expect(Source::Dom(domain), seconds, "the guest's agent", |l| {
+            l.text.contains("L 0 ready").then_some(())
+        })
+        .map(|()| "takes steps".to_owned());
+    run.check(&format!("guest {domain} is up"), Source::Dom(domain), made)
 }
 
 /// Checks that a guest sees carrier.
@@ -105,10 +109,7 @@ pub fn files(run: &mut Run, what: &str) {
 /// Waits until the guests have made the files they serve.
 pub fn files_ready(run: &mut Run) {
     for domain in 1..=2 {
-        let made = run.good(domain, "filesum", 90).and_then(|a| {
-            ensure!(a.number("size")? as u64 == 64 << 20, "odd size: {}", a.text());
-            Ok("64 MiB of random bytes".to_owned())
-        });
+        let made = transfer::has_file(run, domain);
         if made.is_err() {
             run.check(&format!("guest {domain} has its file"), Source::Dom(domain), made);
         }

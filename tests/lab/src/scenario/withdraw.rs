@@ -17,7 +17,7 @@ const KEY: &str = "netback/withdrawn";
 /// Times that everything goes and comes back, half of them with the stream one way and half the other.
 const ROUNDS: usize = 10;
 /// What was at work when a datapath went may end in it.
-const DRAIN: Duration = Duration::from_millis(500);
+pub const DRAIN: Duration = Duration::from_millis(500);
 /// How long a state lasts, at least.
 const DWELL: Duration = Duration::from_millis(1000);
 /// Events that may turn out to announce nothing: guests that only work send hardly any.
@@ -56,7 +56,7 @@ fn unknown(run: &Run) -> Result<String> {
 }
 
 /// Sets the key, and waits until dom0 has applied it.
-fn set(run: &Run, value: &str) -> Result<()> {
+pub fn set(run: &Run, value: &str) -> Result<()> {
     let console = &run.machine.console;
     let mark = console.mark(Source::Dom(0));
     run.operate(&format!("write {KEY} {value}"))?;
@@ -81,7 +81,7 @@ fn under_traffic(run: &mut Run) {
     run.check("every change is counted", Source::Dom(0), made);
     let made = untroubled(&run.machine, mark);
     run.check("no vif is closed or complains", Source::Dom(0), made);
-    let made = drops.and_then(|before| no_drops(run, &before));
+    let made = drops.and_then(|before| no_drops(run, 2, &before));
     run.check("dom0 drops only what a full queue has no room for", Source::Dom(0), made);
     match before.and_then(|before| books(run, &before)) {
         Ok(changes) => {
@@ -104,9 +104,9 @@ fn under_traffic(run: &mut Run) {
 }
 
 /// A stream fills the queue of a guest that does not keep up until something is dropped: that is how it learns its rate.
-/// For any other reason nothing is to be dropped.
-fn no_drops(run: &Run, before: &Metrics) -> Result<String> {
-    let after = run.metrics(2, "drops-after")?;
+/// For any other reason nothing is to be dropped. A domain with Linux asks dom0.
+pub fn no_drops(run: &Run, domain: usize, before: &Metrics) -> Result<String> {
+    let after = run.metrics(domain, "drops-after")?;
     let name = "netback_vif_drops_total";
     let more = |labels: &[(&str, &str)]| {
         after.get(name, labels).unwrap_or(0.0) - before.get(name, labels).unwrap_or(0.0)
@@ -364,7 +364,7 @@ fn switched(run: &Run, before: f64) -> Result<String> {
 }
 
 /// Nothing was logged of vifs that end, nor any error or warning.
-fn untroubled(machine: &Machine, mark: usize) -> Result<String> {
+pub fn untroubled(machine: &Machine, mark: usize) -> Result<String> {
     let lines = machine.console.since(Source::Dom(0), mark);
     let odd: Vec<_> = lines
         .iter()
