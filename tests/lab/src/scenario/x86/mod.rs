@@ -1,3 +1,79 @@
-//! Machines with Linux as dom0, xl and Linux's own backend.
+//! Machines with Linux as dom0, which starts guests with xl.
 
 pub mod linux;
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::transfer::{exchange, has_file, pings};
+use crate::console::Source;
+use crate::run::Run;
+
+/// dom0 takes steps and has its file.
+fn dom0_up(run: &mut Run) -> bool {
+    let made = run.expect(Source::Dom(0), 120, "\"L 0 ready\"", |l| {
+        l.text.contains("L 0 ready").then_some(())
+    });
+    let made = made.and_then(|()| has_file(run, 0));
+    run.check("dom0 is up", Source::Dom(0), made)
+}
+
+/// How a guest is called in checks.
+fn name(kind: &str, domain: usize) -> String {
+    match kind {
+        "pv" | "pvh" => format!("Linux {} (dom{domain})", kind.to_uppercase()),
+        "guest" => format!("our guest (dom{domain})"),
+        _ => format!("our driver domain (dom{domain})"),
+    }
+}
+
+/// Has xl start a domain, and waits for its word that it is there.
+fn create(run: &Run, domain: usize, kind: &str, backend: &str, words: &str) -> Result<String> {
+    let mark = run.machine.console.mark(Source::Dom(domain));
+    let started = run.age();
+    run.good(0, &format!("domain {domain} {kind} {backend} {words}"), 170)?;
+    let said = match kind {
+        "pv" | "pvh" => "L 0 ready",
+        "guest" => "guest: ready",
+        _ => "driver-domain: ready",
+    };
+    run.machine
+        .console
+        .wait(Source::Dom(domain), mark, Duration::from_secs(180), |l| {
+            l.text.contains(said).then_some(())
+        })
+        .with_context(|| format!("waited for \"{said}\" of dom{domain}"))?;
+    Ok(format!("after {:.1} s", (run.age() - started).as_secs_f64()))
+}
+
+/// The same as a check.
+fn created(run: &mut Run, domain: usize, kind: &str, backend: &str, words: &str) -> bool {
+    let made = create(run, domain, kind, backend, words);
+    run.check(&format!("{} starts", name(kind, domain)), Source::Dom(domain), made)
+}
+
+/// A Linux guest has its interface and its file.
+fn linux_ready(run: &Run, domain: usize) -> Result<String> {
+    let answer = run.good(domain, "up", 170)?;
+    ensure!(answer.value("carrier") == Some("1"), "no carrier: {}", answer.text());
+    has_file(run, domain)?;
+    Ok(answer.text())
+}
+
+/// Waits until the store has a vif's both ends connected.
+fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
+    let end = run.age() + Duration::from_secs(seconds);
+    loop {
+        let answer = run.good(0, &format!("vif {domain} state"), 30)?;
+        if answer.value("back") == Some("4") && answer.value("front") == Some("4") {
+            return Ok(());
+        }
+        ensure!(
+            run.age() < end,
+            "the vif of dom{domain} is not connected after {seconds} s: {}",
+            answer.text()
+        );
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
