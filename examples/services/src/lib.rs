@@ -8,6 +8,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod control;
+pub mod exposition;
 pub mod generator;
 pub mod http;
 pub mod jobs;
