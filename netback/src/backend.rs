@@ -19,8 +19,9 @@ use xenbus::device::{State, parse_u32};
 use crate::counters::Counters;
 use crate::datapath::{Datapaths, Facts, Modes, Policy, Withdrawal, possible};
 use crate::dma::{self, DmaRule};
+use crate::hotplug::{Closed, Hotplug};
 use crate::lent::Table;
-use crate::negotiate::MAX_QUEUES;
+use crate::negotiate::{MAX_QUEUES, Terms};
 use crate::packet::{Packet, Pools};
 use crate::queue::Queue;
 use crate::round::{COPIES, Scratch};
@@ -47,6 +48,8 @@ pub struct Config {
     pub small_buffers: NonZeroUsize,
     /// Buffers of 64 KiB.
     pub large_buffers: NonZeroUsize,
+    /// Who plugs vifs in.
+    pub hotplug: Hotplug,
     /// Vifs at most.
     pub max_vifs: u16,
     /// What the switch may learn.
@@ -104,6 +107,8 @@ pub struct Backend<H: Hypervisor> {
     lists: Vec<(JobId, Listing)>,
     /// A vif's index, plus one, is its port of the switch.
     pub(crate) vifs: Vec<Option<Vif<H>>>,
+    /// Vifs whose directories are to go.
+    closed: Closed,
     lives: u32,
     /// The vif that is asked first for packets.
     pub(crate) turn: usize,
@@ -159,6 +164,7 @@ impl<H: Hypervisor> Backend<H> {
             pools: Pools::new(hv, config.small_buffers, config.large_buffers),
             root: client.watch(ROOT),
             lists: Vec::new(),
+            closed: Closed::default(),
             vifs: Vec::new(),
             switch: Switch::new(config.switch, config.seed),
             switch_counters: SwitchCounters::default(),
@@ -215,15 +221,16 @@ impl<H: Hypervisor> Backend<H> {
     }
 
     /// Hands each vif to `each` until one says that the event was its own.
-    fn each_vif(
+    pub(crate) fn each_vif(
         &mut self,
         client: &mut Client,
         now: Instant,
         mut each: impl FnMut(&mut Vif<H>, &mut Around<'_, H>) -> bool,
     ) -> bool {
-        let Self { mapper, binder, notices, features, hv, config, .. } = self;
+        let Self { mapper, binder, notices, features, hv, config, closed, .. } = self;
         let grant_copy = config.facts.grant_copy;
-        let mut around = Around { client, mapper, binder, notices, features, hv, grant_copy, now };
+        let mut around =
+            Around { client, mapper, binder, notices, features, hv, closed, grant_copy, now };
         self.vifs.iter_mut().flatten().any(|vif| each(vif, &mut around))
     }
 
@@ -275,13 +282,20 @@ impl<H: Hypervisor> Backend<H> {
         // Numbers of connections that no other vif has had: pages that outlive one are not taken for the next one's.
         self.lives = self.lives.wrapping_add(1 << 16);
         let life = self.lives;
+        let Config { max_queues, hotplug, .. } = self.config;
+        let terms = Terms { max_queues, hotplug };
         if let Some(free) = self.vifs.get_mut(free) {
-            *free = Some(Vif::new(id, port, life, dir, self.config.max_queues, client));
+            *free = Some(Vif::new(id, port, life, dir, terms, client));
         } else if self.vifs.len() < self.config.max_vifs.into() {
-            self.vifs.push(Some(Vif::new(id, port, life, dir, self.config.max_queues, client)));
+            self.vifs.push(Some(Vif::new(id, port, life, dir, terms, client)));
         } else {
             log::error!("netback: {id} is one vif more than {}", self.config.max_vifs);
         }
+    }
+
+    /// Removes the directories of vifs that were closed for good, when it is time.
+    pub(crate) fn remove_closed(&mut self, client: &mut Client, now: Instant) {
+        self.closed.remove_due(ROOT, client, now);
     }
 
     /// Drops vifs that have ended, and what the switch knew of those that are cut off.
@@ -341,7 +355,8 @@ impl<H: Hypervisor> Backend<H> {
         let held = held.map(|(_, since)| since.after(policy.hold)).min();
         let returned = self.table.has_returned().then_some(now);
         let unmap = self.unmap_statics_at.filter(|_| connected);
-        let others = [waiting, self.modes.deadline(policy), held, returned, unmap];
+        let closed = self.closed.deadline();
+        let others = [waiting, self.modes.deadline(policy), held, returned, unmap, closed];
         deadlines.chain(others.into_iter().flatten()).fold(tick, Instant::min)
     }
 

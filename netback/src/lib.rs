@@ -12,6 +12,7 @@ pub mod datapath;
 mod deliver;
 pub mod dma;
 mod fault;
+mod hotplug;
 mod lent;
 pub mod multicast;
 mod negotiate;
@@ -29,6 +30,7 @@ mod vif;
 
 pub use backend::{Backend, Config, SwitchCounters, VifStatus};
 pub use fault::{Refusal, VifFault};
+pub use hotplug::Hotplug;
 pub use negotiate::{MAX_QUEUES, OFFERED};
 pub use packet::{Flow, Packet, PoolUse, Pools};
 pub use vif::{Notice, VifId};

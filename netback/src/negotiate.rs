@@ -13,6 +13,7 @@ use xenbus::device::parse_u32;
 
 use crate::ctrl::ControlRequest;
 use crate::fault::Refusal;
+use crate::hotplug::{self, Hotplug};
 
 /// What this backend can do. Nothing else is offered.
 pub const OFFERED: Features = Features::SG
@@ -35,8 +36,15 @@ pub const MAX_QUEUES: u16 = 16;
 /// takes 32,767, which is more than a page has; its frontend asks for 256.
 const MAX_HEADROOM: u32 = (PAGE_SIZE - 65_535_usize.div_ceil(MAX_SLOTS)) as u32;
 
+/// What is settled beforehand, the same for all vifs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Terms {
+    pub(crate) max_queues: u16,
+    pub(crate) hotplug: Hotplug,
+}
+
 /// The keys by which a backend with directory `dir` says what it can do.
-pub(crate) fn offer(dir: &str, max_queues: u16) -> Vec<Change> {
+pub(crate) fn offer(dir: &str, terms: Terms) -> Vec<Change> {
     let write = |key: &str, value: String| Change::Write {
         path: format!("{dir}/{key}"),
         value: value.into_bytes(),
@@ -47,7 +55,10 @@ pub(crate) fn offer(dir: &str, max_queues: u16) -> Vec<Change> {
         .map(|(_, key)| write(key, "1".into()))
         .collect();
     changes.push(write(keys::FEATURE_RX_FLIP, "0".into()));
-    changes.push(write(keys::MULTI_QUEUE_MAX_QUEUES, max_queues.to_string()));
+    changes.push(write(keys::MULTI_QUEUE_MAX_QUEUES, terms.max_queues.to_string()));
+    if terms.hotplug == Hotplug::Switch {
+        changes.push(write(hotplug::STATUS, hotplug::CONNECTED.into()));
+    }
     changes
 }
 

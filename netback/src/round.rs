@@ -19,7 +19,7 @@ use crate::packet::Packet;
 use crate::rx::Relayed;
 use crate::switch::PortId;
 use crate::tx::{Statics, Take, rest_of};
-use crate::vif::{Around, Vif};
+use crate::vif::Vif;
 
 /// Copies per hypercall at most.
 pub(crate) const COPIES: usize = 2048;
@@ -84,6 +84,7 @@ impl<H: Hypervisor> Backend<H> {
                 queue.begin(tick, now);
             }
         }
+        self.remove_closed(client, now);
         self.serve_controls(tick, now);
         self.take_back();
         while self.gather(now) {
@@ -319,9 +320,7 @@ impl<H: Hypervisor> Backend<H> {
 
     /// Shows each guest what was done, ends the events whose work that was, and closes those vifs that cannot go on.
     fn finish(&mut self, client: &mut Client, now: Instant) {
-        let Self { vifs, mapper, binder, notices, features, hv, config, .. } = self;
-        let grant_copy = config.facts.grant_copy;
-        for vif in vifs.iter_mut().flatten() {
+        for vif in self.vifs.iter_mut().flatten() {
             for queue in &mut vif.queues {
                 queue.publish();
                 queue.end_events(now);
@@ -332,13 +331,14 @@ impl<H: Hypervisor> Backend<H> {
             if !vif.queues.is_empty() {
                 vif.set_carrier(!vif.queues.iter().any(|queue| queue.rx.is_stalled()), client);
             }
-            let around =
-                &mut Around { client, mapper, binder, notices, features, hv, grant_copy, now };
+        }
+        self.each_vif(client, now, |vif, around| {
             if let Some(fault) = vif.found.take() {
                 vif.fault(Some(fault), around);
             }
             vif.settle(around);
-        }
+            false
+        });
     }
 }
 

@@ -3,6 +3,8 @@
 //! Driven by the store alone: every change of a node it looks at ends in a look at all of them, so that a storm of
 //! changes costs one look, and what to do follows from the states as they are and not from the order of events.
 
+mod close;
+
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -10,7 +12,7 @@ use alloc::vec::Vec;
 
 use evtchn::Binder;
 use features::XenFeatures;
-use grant::{MapOps, Mapper};
+use grant::Mapper;
 use hypercall::{Hypervisor, Instant, PageOffset};
 use netif::keys::{self, Features};
 use netif::mac::MacAddr;
@@ -21,26 +23,22 @@ use xenbus::device::{Action, State, parse_u32};
 use crate::counters::Counters;
 use crate::ctrl::Control;
 use crate::fault::{Refusal, VifFault};
+use crate::hotplug::{self, Closed, Hotplug};
 use crate::lent::Origin;
 use crate::multicast::Filter;
-use crate::negotiate;
+use crate::negotiate::{self, Terms};
 pub use crate::notice::{Notice, VifId};
 use crate::queue::{Connector, Queue};
 use crate::rate::RateLimit;
 use crate::switch::PortId;
-
-/// Nanoseconds that a frontend which broke the protocol waits before it may connect again; doubled each time.
-const FIRST_PENALTY: u64 = 100_000_000;
-/// Doublings of [`FIRST_PENALTY`] at most: about half a minute.
-const MAX_DOUBLINGS: u32 = 8;
-/// Nanoseconds that pages which were lent out are waited for after a disconnect, before they are parked.
-const DRAIN_CAP: u64 = 10_000_000_000;
+use close::{After, Draining};
 
 /// The job that the vif waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
     Idle,
     Probe(JobId),
+    LeftOver(JobId),
     Offer(JobId),
     Look(JobId),
     Read(JobId),
@@ -48,35 +46,6 @@ enum Step {
     Write(JobId),
     /// For no job: what was connected is not all let go of yet. What changes meanwhile is looked at after.
     Drain,
-}
-
-/// What was connected and is on its way out. The queues carry no more packets, but pages of the guest's may still be in
-/// somebody's hands (a card's, or another queue's), and until they are back nothing is unmapped and the guest, which
-/// takes its pages back once it reads `Closing`, is told nothing.
-struct Draining<H: Hypervisor> {
-    queues: Vec<Queue<H>>,
-    control: Option<Control<H>>,
-    /// When it is given up: what is still out then is parked.
-    until: Instant,
-    /// What follows.
-    after: After,
-}
-
-/// What follows once nothing is connected any more.
-#[derive(Default)]
-struct After {
-    /// States to write, in order.
-    states: &'static [State],
-    /// For the error node.
-    error: Option<String>,
-    /// Whether the vif ends.
-    remove: bool,
-}
-
-impl After {
-    const fn states(states: &'static [State]) -> Self {
-        Self { states, error: None, remove: false }
-    }
 }
 
 pub(crate) struct Vif<H: Hypervisor> {
@@ -106,7 +75,7 @@ pub(crate) struct Vif<H: Hypervisor> {
     unsure: bool,
     pub(crate) mac: Option<MacAddr>,
     rate: RateLimit,
-    max_queues: u16,
+    terms: Terms,
     pub(crate) queues: Vec<Queue<H>>,
     draining: Option<Draining<H>>,
     /// It was cut off from its queues, and others may not know yet.
@@ -127,13 +96,15 @@ pub(crate) struct Around<'a, H: Hypervisor> {
     pub(crate) notices: &'a mut Vec<Notice>,
     pub(crate) features: &'a features::Features,
     pub(crate) hv: &'a H,
+    /// Vifs that are closed for good.
+    pub(crate) closed: &'a mut Closed,
     /// Whether there is an operation to copy.
     pub(crate) grant_copy: bool,
     pub(crate) now: Instant,
 }
 
 /// The nodes of our own directory that [`Vif::probed`] reads.
-const PROBE: [&str; 5] = ["state", "frontend", "frontend-id", keys::MAC, keys::RATE];
+const PROBE: [&str; 6] = ["state", "online", "frontend", "frontend-id", keys::MAC, keys::RATE];
 
 impl<H: Hypervisor> Vif<H> {
     /// A vif whose directory `dir` has just been seen.
@@ -142,7 +113,7 @@ impl<H: Hypervisor> Vif<H> {
         port: PortId,
         life: u32,
         dir: String,
-        max_queues: u16,
+        terms: Terms,
         client: &mut Client,
     ) -> Self {
         let probe = client.read_many(PROBE.map(|key| format!("{dir}/{key}")));
@@ -164,7 +135,7 @@ impl<H: Hypervisor> Vif<H> {
             unsure: false,
             mac: None,
             rate: RateLimit::UNLIMITED,
-            max_queues,
+            terms,
             queues: Vec::new(),
             draining: None,
             features: Features::empty(),
@@ -218,7 +189,7 @@ impl<H: Hypervisor> Vif<H> {
             format!("{frontend}/state"),
             format!("{dir}/state"),
             format!("{dir}/online"),
-            format!("{dir}/hotplug-status"),
+            format!("{dir}/{}", hotplug::STATUS),
             format!("{dir}/{}", keys::RATE),
             format!("{frontend}/{}", keys::REQUEST_MULTICAST_CONTROL),
         ]));
@@ -247,6 +218,7 @@ impl<H: Hypervisor> Vif<H> {
     ) -> bool {
         match self.step {
             Step::Probe(mine)
+            | Step::LeftOver(mine)
             | Step::Offer(mine)
             | Step::Look(mine)
             | Step::Read(mine)
@@ -258,6 +230,7 @@ impl<H: Hypervisor> Vif<H> {
         let step = core::mem::replace(&mut self.step, Step::Idle);
         match (step, result) {
             (Step::Probe(_), Ok(Outcome::Values(values))) => self.probed(values, around),
+            (Step::LeftOver(_), Ok(Outcome::Values(values))) => self.left_over(values, around),
             (Step::Offer(_), Ok(_)) => self.offered(around),
             (Step::Look(_), Ok(Outcome::Values(values))) => self.looked(values, around),
             (Step::Read(_), Ok(Outcome::Values(values))) => self.asked(values, around),
@@ -272,7 +245,7 @@ impl<H: Hypervisor> Vif<H> {
                 (self.dirty, self.unsure) = (true, true);
                 return true;
             }
-            (Step::Probe(_) | Step::Offer(_), result) => {
+            (Step::Probe(_) | Step::LeftOver(_) | Step::Offer(_), result) => {
                 log::error!("{}: cannot set up: {result:?}", self.id);
                 self.remove(around);
             }
@@ -287,32 +260,66 @@ impl<H: Hypervisor> Vif<H> {
 
     fn probed(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
         let value = |index: usize| values.get(index).and_then(Option::as_deref);
-        let frontend = value(1).and_then(|path| core::str::from_utf8(path).ok());
-        let domain = value(2).and_then(parse_u32);
-        let (Some(frontend), State::Initialising) = (frontend, State::parse(value(0))) else {
-            // Not set up yet, or left over: only a fresh device is taken on.
-            self.forget(around);
-            return;
+        let (state, online) = (State::parse(value(0)), is_online(value(1)));
+        let frontend = value(2).and_then(|path| core::str::from_utf8(path).ok());
+        let domain = value(3).and_then(parse_u32);
+        let (Some(frontend), true) = (frontend, state != State::Unknown) else {
+            // Not set up yet.
+            return self.forget(around);
         };
         if domain != Some(self.id.domain.0.into()) {
             log::error!("{}: frontend-id is not that of the directory", self.id);
-            self.forget(around);
-            return;
+            return self.forget(around);
         }
         self.frontend = frontend.to_string();
-        self.mac = value(3).and_then(|mac| core::str::from_utf8(mac).ok()?.parse().ok());
-        self.set_rate(value(4));
+        self.mac = value(4).and_then(|mac| core::str::from_utf8(mac).ok()?.parse().ok());
+        self.set_rate(value(5));
+        match state {
+            State::Initialising => {
+                self.own = State::InitWait;
+                self.step = self.offer(around.client);
+            }
+            _ if online => {
+                self.own = state;
+                let state = format!("{frontend}/state");
+                self.step = Step::LeftOver(around.client.read_many([state]));
+            }
+            _ => self.leave_closed(state, around),
+        }
+    }
+
+    /// The directory is not new: it is from an earlier life of this domain, or of a vif that has just ended. Whatever was
+    /// connected is no more, and the frontend is told so; it may connect anew.
+    fn left_over(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
+        if State::parse(values.first().and_then(Option::as_deref)) == State::Unknown {
+            return self.leave_closed(self.own, around);
+        }
+        log::info!("{}: was left over", self.id);
+        self.own = match self.own {
+            kept @ (State::InitWait | State::Closing | State::Closed) => kept,
+            _ => State::Closing,
+        };
         self.step = self.offer(around.client);
     }
 
+    /// Sees to it that a directory which nobody wants any more says so.
+    fn leave_closed(&mut self, state: State, around: &mut Around<'_, H>) {
+        if state != State::Closed {
+            around.client.commit([self.state_change(State::Closed)]);
+        } else if self.terms.hotplug == Hotplug::Switch {
+            around.closed.found(self.id, around.now);
+        }
+        self.forget(around);
+    }
+
+    /// Says what there is to be had, and the state that this leads to.
     fn offer(&self, client: &mut Client) -> Step {
-        let mut changes = negotiate::offer(&self.dir, self.max_queues);
-        changes.push(self.state_change(State::InitWait));
+        let mut changes = negotiate::offer(&self.dir, self.terms);
+        changes.push(self.state_change(self.own));
         Step::Offer(client.commit(changes))
     }
 
     fn offered(&mut self, around: &mut Around<'_, H>) {
-        self.own = State::InitWait;
         // All of the directory: besides `state`, some keys count at any time.
         self.watch = Some(around.client.watch(self.frontend.clone()));
         around.notices.push(Notice::Offered(self.id));
@@ -324,8 +331,12 @@ impl<H: Hypervisor> Vif<H> {
             // Our own directory was taken away.
             self.own = State::Unknown;
         }
-        let missed = core::mem::take(&mut self.unsure) && self.own != State::parse(value(1));
-        if missed && value(1).is_some() {
+        let (said, online) = (State::parse(value(1)), is_online(value(2)));
+        // The toolstack writes it in our place when it wants the vif to end (libxl_device.c,
+        // `libxl__initiate_device_generic_remove`).
+        let to_end = said == State::Closing && !online;
+        let missed = core::mem::take(&mut self.unsure) && self.own != said;
+        if missed && value(1).is_some() && !to_end {
             self.dirty = true;
             self.write_states(&[self.own], None, around);
             return;
@@ -336,8 +347,12 @@ impl<H: Hypervisor> Vif<H> {
             self.features.set(Features::MULTICAST_CONTROL, self.filter.requested);
         }
         let peer = State::parse(value(0));
-        let online = value(2).and_then(parse_u32) == Some(1);
-        let hotplug = value(3) == Some(b"connected".as_slice());
+        let hotplug = self.terms.hotplug == Hotplug::Switch
+            || value(3) == Some(hotplug::CONNECTED.as_bytes());
+        if to_end && self.own == State::InitWait {
+            // The guest may have no driver that would answer.
+            self.own = State::Closing;
+        }
         let action = on_frontend(self.own, peer, online, hotplug);
         if matches!(action, Action::Switch(states) if states.contains(&State::InitWait))
             && self.not_before.is_some_and(|at| at > around.now)
@@ -352,7 +367,7 @@ impl<H: Hypervisor> Vif<H> {
             Action::None | Action::Established => {}
             Action::Switch(states) => self.write_states(states, None, around),
             Action::Connect => {
-                let names = negotiate::frontend_keys(self.max_queues);
+                let names = negotiate::frontend_keys(self.terms.max_queues);
                 let frontend = &self.frontend;
                 let paths = names.iter().map(|name| format!("{frontend}/{name}"));
                 self.step = Step::Read(around.client.read_many(paths));
@@ -373,7 +388,7 @@ impl<H: Hypervisor> Vif<H> {
     }
 
     fn asked(&mut self, values: &[Option<Vec<u8>>], around: &mut Around<'_, H>) {
-        let names = negotiate::frontend_keys(self.max_queues);
+        let names = negotiate::frontend_keys(self.terms.max_queues);
         let given: BTreeMap<String, Vec<u8>> = names
             .into_iter()
             .zip(values)
@@ -406,7 +421,7 @@ impl<H: Hypervisor> Vif<H> {
         given: &BTreeMap<String, Vec<u8>>,
         around: &Around<'_, H>,
     ) -> Result<(), Refusal> {
-        let request = negotiate::parse(given, self.max_queues)?;
+        let request = negotiate::parse(given, self.terms.max_queues)?;
         // Xen tells nobody when what it offers changes. If it does not answer, what it said last holds.
         if let Err(error) = around.features.refresh(around.hv) {
             log::warn!("{}: cannot read what Xen offers: {error}", self.id);
@@ -480,103 +495,6 @@ impl<H: Hypervisor> Vif<H> {
         }
     }
 
-    /// The data path found that the frontend cannot be gone on with (or the store, with `None`).
-    pub(crate) fn fault(&mut self, fault: Option<VifFault>, around: &mut Around<'_, H>) {
-        self.penalise(around.now);
-        let text = fault.map(|fault| fault.to_string());
-        if let Some(fault) = fault {
-            around.notices.push(Notice::Faulted(self.id, fault));
-        }
-        let error = Some(text.unwrap_or_else(|| "store failure".into()));
-        let after = match on_fault(self.own) {
-            Action::Fault { then } => After { error, ..After::states(then) },
-            Action::Remove { then } => After { remove: true, ..After::states(then) },
-            _ => After::default(),
-        };
-        self.disconnect(after, around);
-    }
-
-    fn penalise(&mut self, now: Instant) {
-        self.not_before = Some(now.after(FIRST_PENALTY << self.faults.min(MAX_DOUBLINGS)));
-        self.faults = self.faults.saturating_add(1);
-    }
-
-    /// Cuts off what is connected, and does what follows as soon as all of it is let go of: at once, or when a later
-    /// [`settle`](Self::settle) finds that it is.
-    fn disconnect(&mut self, after: After, around: &mut Around<'_, H>) {
-        match &mut self.draining {
-            // Only the end of the vif comes over a disconnect: all else waits for it (see `Step::Drain`).
-            Some(draining) => draining.after = after,
-            None if self.queues.is_empty() => return self.follow(after, around),
-            None => {
-                let queues = core::mem::take(&mut self.queues);
-                self.cut = true;
-                let control = self.control.take();
-                let until = around.now.after(DRAIN_CAP);
-                self.draining = Some(Draining { queues, control, until, after });
-                self.features = Features::empty();
-                self.step = Step::Drain;
-            }
-        }
-        self.settle(around);
-    }
-
-    /// Ends a disconnect if nothing is out any more, or what is has been waited for long enough. To be called whenever
-    /// something came back; does nothing if nothing is being disconnected.
-    pub(crate) fn settle(&mut self, around: &mut Around<'_, H>) {
-        let Some(draining) = &self.draining else { return };
-        let is_out = self.lent > 0 || draining.control.as_ref().is_some_and(Control::is_in_use);
-        if is_out && around.now < draining.until {
-            return;
-        }
-        self.ended = self.counters();
-        let Some(Draining { queues, control, after, .. }) = self.draining.take() else { return };
-        let pages = control.as_ref().map_or(0, |control| 1 + control.static_pages());
-        // Two rings a queue.
-        let mut ops = MapOps::new(queues.len() * 2 + pages);
-        let control = control.into_iter().flat_map(Control::disconnect);
-        let mappings = queues.into_iter().flat_map(Queue::disconnect).chain(control);
-        around.mapper.unmap_batch(&mut ops, mappings);
-        around.notices.push(Notice::Disconnected(self.id));
-        self.step = Step::Idle;
-        self.follow(after, around);
-        self.look(around.client);
-    }
-
-    fn follow(&mut self, after: After, around: &mut Around<'_, H>) {
-        self.write_states(after.states, after.error.as_deref(), around);
-        if after.remove {
-            self.end(around);
-        }
-    }
-
-    /// Ends the vif, as soon as all that is connected is let go of; nothing is written.
-    pub(crate) fn remove(&mut self, around: &mut Around<'_, H>) {
-        self.dirty = false;
-        self.disconnect(After { remove: true, ..After::default() }, around);
-    }
-
-    fn end(&mut self, around: &mut Around<'_, H>) {
-        if let Some(watch) = self.watch.take() {
-            around.client.unwatch(watch);
-        }
-        if !self.gone {
-            around.notices.push(Notice::Removed(self.id));
-            self.forget(around);
-        }
-    }
-
-    /// Ends the vif, or starts another in its place if its directory has changed since it was last looked at: it may have
-    /// been made anew.
-    fn forget(&mut self, around: &mut Around<'_, H>) {
-        if self.dirty {
-            let (dir, life) = (core::mem::take(&mut self.dir), self.life);
-            *self = Self::new(self.id, self.port, life, dir, self.max_queues, around.client);
-        } else {
-            self.gone = true;
-        }
-    }
-
     fn state_change(&self, state: State) -> Change {
         Change::Update { path: format!("{}/state", self.dir), value: state.text().into() }
     }
@@ -595,4 +513,9 @@ impl<H: Hypervisor> Vif<H> {
             self.step = Step::Write(around.client.commit([self.state_change(state)]));
         }
     }
+}
+
+/// Whether `online` says that the toolstack wants the vif to be there.
+fn is_online(value: Option<&[u8]>) -> bool {
+    value.and_then(parse_u32) == Some(1)
 }

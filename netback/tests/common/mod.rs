@@ -12,7 +12,7 @@ use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port};
 use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
-use netback::{Backend, Config, Notice, VifId, VifStatus};
+use netback::{Backend, Config, Hotplug, Notice, VifId, VifStatus};
 use netfront::{Frontend, Meta};
 use sim::{DomainConfig, Item, Sim, SimHv};
 use xenbus::client::{Change, Client, Event, Outcome};
@@ -146,6 +146,7 @@ pub fn config() -> Config {
         max_queues: 4,
         small_buffers: NonZeroUsize::new(512).unwrap(),
         large_buffers: NonZeroUsize::new(32).unwrap(),
+        hotplug: Hotplug::Script,
         max_vifs: 16,
         switch: SwitchLimits::default(),
         seed: Seed(1, 2),

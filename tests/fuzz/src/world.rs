@@ -8,7 +8,7 @@ use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port, VcpuId};
 use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
-use netback::{Backend, Notice};
+use netback::{Backend, Hotplug, Notice};
 use netfront::{Frontend, Meta};
 use sim::{DomainConfig, Sim, SimHv};
 use xenbus::client::{Change, Client};
@@ -175,6 +175,7 @@ impl World {
             max_queues: 2,
             small_buffers: count(64),
             large_buffers: count(4),
+            hotplug: Hotplug::Script,
             max_vifs: 8,
             switch: SwitchLimits::default(),
             seed: Seed(1, 2),

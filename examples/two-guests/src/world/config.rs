@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 
 use features::XenFeatures;
+use netback::Hotplug;
 use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use sim::{DmaConfig, DomainConfig};
@@ -33,6 +34,7 @@ impl Default for Config {
                 max_queues: 4,
                 small_buffers: buffers(1024),
                 large_buffers: buffers(32),
+                hotplug: Hotplug::Script,
                 max_vifs: 16,
                 switch: SwitchLimits::default(),
                 seed: Seed(1, 2),

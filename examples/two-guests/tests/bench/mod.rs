@@ -7,7 +7,7 @@ use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Hypervisor, Instant, VcpuId};
 use netback::datapath::{Datapath, Datapaths, Policy};
 use netback::switch::{Seed, SwitchLimits};
-use netback::{Backend, Notice};
+use netback::{Backend, Hotplug, Notice};
 use netfront::{Frontend, Meta, SendError};
 use netif::mac::MacAddr;
 use sim::{DomainConfig, Sim, SimHv};
@@ -146,6 +146,7 @@ impl<H: Hypervisor> Bench<H> {
             max_queues: 1,
             small_buffers: buffers(1024),
             large_buffers: buffers(256),
+            hotplug: Hotplug::Script,
             max_vifs: 4,
             switch: SwitchLimits::default(),
             seed: Seed(1, 2),
