@@ -2,7 +2,7 @@
 
 use hypercall::Instant;
 
-pub const NANOS: u64 = 1_000_000_000;
+const NANOS: u64 = 1_000_000_000;
 
 /// When the counter reads `ticks`, at `hertz` ticks a second. Exact to the nanosecond, rounding down; reaches the end
 /// of time after 584 years.

@@ -6,7 +6,9 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::arch;
-use crate::clock::NANOS;
+
+/// Nanoseconds in a second.
+const NANOS: u64 = 1_000_000_000;
 
 /// Gathers text, so that a line is one write and other domains' output cannot fall into it. It is on the caller's
 /// stack: there is no lock to be stuck behind when something goes wrong while printing.

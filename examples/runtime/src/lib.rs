@@ -1,22 +1,31 @@
 #![no_std]
 #![doc = include_str!("../README.md")]
-// Where there is no port yet, nothing boots, and what boot uses is used by tests alone.
-#![cfg_attr(not(all(target_os = "none", target_arch = "aarch64")), allow(dead_code))]
+// On a host nothing boots, and what boot uses is used by tests alone.
+#![cfg_attr(not(target_os = "none"), allow(dead_code))]
 
 #[cfg(test)]
 extern crate std;
 
 #[cfg_attr(all(target_os = "none", target_arch = "aarch64"), path = "aarch64/mod.rs")]
-#[cfg_attr(not(all(target_os = "none", target_arch = "aarch64")), path = "absent.rs")]
+#[cfg_attr(all(target_os = "none", target_arch = "x86_64"), path = "x86_64/mod.rs")]
+#[cfg_attr(not(target_os = "none"), path = "absent.rs")]
 mod arch;
+#[cfg(any(target_arch = "aarch64", not(target_os = "none")))]
 mod clock;
 mod console;
+#[cfg(any(target_arch = "x86_64", not(target_os = "none")))]
+mod console_ring;
 mod heap;
 mod machine;
 mod pages;
+#[cfg(any(target_arch = "x86_64", not(target_os = "none")))]
+mod pv_clock;
 mod ranges;
 mod sleep;
+#[cfg(any(target_arch = "x86_64", not(target_os = "none")))]
+mod start_info;
 mod store;
+#[cfg(any(target_arch = "aarch64", not(target_os = "none")))]
 mod tree;
 mod windows;
 
@@ -53,7 +62,9 @@ macro_rules! entry {
         #[cfg(not(target_os = "none"))]
         fn main() {
             let _: fn($crate::Hv, $crate::BootInfo) -> ! = $main;
-            std::eprintln!("an image for bare metal: build it for aarch64-unknown-none");
+            std::eprintln!(
+                "an image for bare metal: build it for aarch64-unknown-none or x86_64-unknown-none"
+            );
         }
     };
 }
