@@ -12,10 +12,8 @@ mod editor;
 mod metrics;
 mod shell;
 mod sink;
-mod stack;
 mod store;
 mod toolstack;
-mod vifs;
 mod withdrawal;
 
 use core::num::NonZeroUsize;
@@ -24,20 +22,24 @@ use evtchn::{Channel, Eoi, Upcalls, Work};
 use features::Features;
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
-use netback::datapath::{Arch, Facts, Policy, Uplink, Withdrawal};
+use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
-use netback::{Backend, Config, Notice};
+use netback::{Backend, Config, Hotplug};
 use runtime::{BootInfo, Hv, Sleep};
+use services::http::{self, Reply};
+use services::metrics::Sources;
+use services::station::Station;
+use services::streams::Sink;
+use services::withdrawal::Key;
+use services::{notices, vifs};
 use smoltcp::wire::{IpCidr, Ipv4Address, Ipv6Address};
 use xenbus::client::Event;
 
 use crate::capture::Capture;
 use crate::console::Console;
-use crate::metrics::Sources;
-use crate::stack::Stack;
+use crate::sink::Tally;
 use crate::store::Store;
 use crate::toolstack::Toolstack;
-use crate::withdrawal::{Heard, Key};
 
 runtime::entry!(run);
 
@@ -46,6 +48,10 @@ const PORTS: usize = 64;
 /// 4 KiB and 64 KiB packet buffers: 12 MiB of the 32 that this dom0 is to run in.
 const SMALL_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1535);
 const LARGE_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(95);
+/// Where pages are served, and requests served at once.
+const HTTP: (u16, usize) = (80, 4);
+/// Streams taken at once.
+const SINKS: usize = 2;
 
 struct Dom0 {
     hv: Hv,
@@ -55,7 +61,9 @@ struct Dom0 {
     store: Store,
     backend: Backend<Hv>,
     toolstack: Toolstack,
-    stack: Stack,
+    station: Station,
+    http: http::Server,
+    sink: Sink<Tally>,
     capture: Option<Capture>,
     exceptions: Channel<Hv>,
     console: Console,
@@ -91,6 +99,7 @@ impl Dom0 {
             max_queues: 4,
             small_buffers: SMALL_BUFFERS,
             large_buffers: LARGE_BUFFERS,
+            hotplug: Hotplug::Switch,
             max_vifs: 64,
             switch: SwitchLimits::default(),
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
@@ -104,13 +113,16 @@ impl Dom0 {
             IpCidr::new(Ipv4Address::new(10, 9, 0, 1).into(), 24),
             IpCidr::new(Ipv6Address::new(0xfd09, 0, 0, 0, 0, 0, 0, 1).into(), 64),
         ];
-        let stack = Stack::new(&mut backend, &addresses, now);
-        for address in stack.addresses() {
+        let mut station = Station::new(&mut backend, &addresses, now);
+        for address in station.addresses() {
             log::info!("dom0: http://{address}/metrics");
         }
+        let http = http::Server::new(station.sockets(), HTTP.0, HTTP.1);
+        let sink = Sink::new(station.sockets(), sink::PORT, SINKS);
         let exceptions = binder.bind_virq(Virq::DOM_EXC, VcpuId(0))?;
         let console = Console::new(hv, &binder)?;
-        let withdrawn = Key::new(&mut store.client);
+        withdrawal::create(&mut store.client);
+        let withdrawn = Key::new(&mut store.client, "dom0");
         let mut toolstack = Toolstack::new(hv);
         toolstack.start(&mut store, &binder, now);
         let capture = Capture::new(&hv);
@@ -123,7 +135,9 @@ impl Dom0 {
             store,
             backend,
             toolstack,
-            stack,
+            station,
+            http,
+            sink,
             capture,
             exceptions,
             console,
@@ -158,8 +172,7 @@ impl Dom0 {
         more |= self.serve(now);
         more |= self.console.poll(&mut self.store.client, now, || vifs::table(&self.backend));
         for notice in self.backend.take_notices() {
-            tell(&notice);
-            self.toolstack.on_notice(&mut self.store.client, &notice);
+            notices::tell(&notice);
             more = true;
         }
         more
@@ -181,54 +194,32 @@ impl Dom0 {
 
     fn on_store(&mut self, event: &Event, now: Instant) {
         let client = &mut self.store.client;
-        match self.withdrawn.on_store(client, event) {
-            Heard::Value(value) => withdraw(&mut self.backend, &value),
-            Heard::Nothing => {}
-            Heard::Other => {
-                if !self.console.on_store(client, event) {
-                    self.backend.on_store(client, event, now);
-                }
-            }
-        }
+        let _ = self.withdrawn.on_store(client, event, &mut self.backend)
+            || self.console.on_store(client, event)
+            || self.backend.on_store(client, event, now);
     }
 
-    /// The local stack's turn; says whether it sent anything.
+    /// The station's turn; says whether it sent anything.
     fn serve(&mut self, now: Instant) -> bool {
-        let Self { hv, mapper, store, stack, upcalls, backend, .. } = self;
-        stack.poll(backend, now, |backend, lost| {
-            let ports = upcalls.bound();
-            metrics::page(&Sources { hv, backend, store, mapper, ports, lost, now })
+        let Self { hv, mapper, store, station, http, sink, upcalls, backend, .. } = self;
+        station.poll(backend, now, |sockets, backend, lost| {
+            let sent = http.serve(sockets, |path| match path {
+                "/" => Some(Reply::Page("/metrics\n/stream\n".into())),
+                "/metrics" => {
+                    let sources = Sources { backend, mapper, ports: upcalls.bound(), lost };
+                    Some(Reply::Page(metrics::page(hv, &sources, store, now)))
+                }
+                "/stream" => Some(Reply::Stream),
+                _ => None,
+            });
+            sink.serve(sockets, now, |_, _| ()) || sent
         })
     }
 
     fn deadline(&mut self, now: Instant) -> Instant {
-        [self.store.deadline(), self.stack.deadline(now)]
+        [self.store.deadline(), self.station.deadline(now)]
             .into_iter()
             .flatten()
             .fold(self.backend.deadline(now), Instant::min)
-    }
-}
-
-/// Applies the operator's word: what it names is withdrawn, all else is given back.
-fn withdraw(backend: &mut Backend<Hv>, value: &str) {
-    let (withdrawal, unknown) = Withdrawal::parse(value);
-    for word in unknown {
-        log::warn!("dom0: withdrawn: {} is no datapath or feature", word.escape_debug());
-    }
-    log::info!("dom0: withdrawn: {} {:?}", withdrawal.paths, withdrawal.bits);
-    backend.set_withdrawn(&withdrawal);
-}
-
-fn tell(notice: &Notice) {
-    match notice {
-        Notice::Offered(vif) => log::info!("{vif}: offered"),
-        Notice::Connected { vif, queues, features } => {
-            log::info!("{vif}: connected queues={queues} features={features}");
-        }
-        Notice::Disconnected(vif) => log::info!("{vif}: disconnected"),
-        Notice::Faulted(vif, fault) => log::error!("{vif}: closed: {fault}"),
-        Notice::Refused(vif, refusal) => log::error!("{vif}: refused: {refusal}"),
-        Notice::Removed(vif) => log::info!("{vif}: removed"),
-        other => log::info!("{other:?}"),
     }
 }

@@ -8,9 +8,9 @@ use alloc::vec::Vec;
 
 use evtchn::Binder;
 use hypercall::{DomId, DomainInfo, Errno, Instant, PAGE_SIZE, Toolstack as _};
-use netback::{Backend, Notice, VifId};
+use netback::Backend;
 use runtime::Hv;
-use xenbus::client::{Change, Client};
+use xenbus::client::Change;
 use xenbus::wire::{Access, Perm};
 
 use crate::store::Store;
@@ -190,15 +190,6 @@ impl Toolstack {
             }
             self.guests.remove(&domain);
             log::info!("domain {domain}: released");
-        }
-    }
-
-    /// A vif is waiting to be put where it belongs: every one belongs on the switch, and is there already. What a hotplug
-    /// script says at the end, we say at once.
-    pub(crate) fn on_notice(&self, client: &mut Client, notice: &Notice) {
-        if let Notice::Offered(VifId { domain, handle }) = notice {
-            let path = format!("/local/domain/0/backend/vif/{domain}/{handle}/hotplug-status");
-            client.commit([node(path, "connected")]);
         }
     }
 }

@@ -73,7 +73,7 @@ impl Domain {
         let table = GrantTable::new(&hv)?;
         let ring = store_ring(&hv, &sleep);
         let mut store = Connection::new(&binder, ring.page, ring.port)?;
-        let control = Control::new(store.client());
+        let control = Control::new(store.client(), &Order::ALL);
         // The counter at start: no secret of the best kind, but neighbours cannot read it from where they are.
         let seed = runtime::now().0.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let guest = Guest::new(table.clone(), binder, store.client(), &options, seed);

@@ -3,10 +3,6 @@
 use xenbus::client::{Change, Client, Error, Event, JobId, Outcome, WatchId};
 
 const SHUTDOWN: &str = "control/shutdown";
-/// What tells a toolstack that it may order this (`feature-*`).
-const FEATURES: [&str; 3] =
-    ["control/feature-poweroff", "control/feature-reboot", "control/feature-suspend"];
-
 /// An order that was acknowledged, so that the toolstack counts on it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Order {
@@ -19,6 +15,18 @@ pub enum Order {
 }
 
 impl Order {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::PowerOff, Self::Reboot, Self::Suspend];
+
+    /// What tells a toolstack that it may order this.
+    const fn feature(self) -> &'static str {
+        match self {
+            Self::PowerOff => "control/feature-poweroff",
+            Self::Reboot => "control/feature-reboot",
+            Self::Suspend => "control/feature-suspend",
+        }
+    }
+
     fn parse(text: &[u8]) -> Option<Self> {
         match text {
             // As Linux takes it (`shutdown_handlers`).
@@ -42,6 +50,8 @@ enum Step {
 #[derive(Debug)]
 pub struct Control {
     watch: WatchId,
+    /// What may be ordered.
+    heard: &'static [Order],
     step: Step,
     /// Something changed since the last look began.
     dirty: bool,
@@ -49,19 +59,20 @@ pub struct Control {
 }
 
 impl Control {
-    /// Says that orders are heard from now on.
+    /// Says that these orders are heard from now on. Others are not acknowledged, which to a toolstack is a refusal.
     #[must_use]
-    pub fn new(client: &mut Client) -> Self {
-        let control =
-            Self { watch: client.watch(SHUTDOWN), step: Step::Idle, dirty: false, order: None };
+    pub fn new(client: &mut Client, heard: &'static [Order]) -> Self {
+        let watch = client.watch(SHUTDOWN);
+        let control = Self { watch, heard, step: Step::Idle, dirty: false, order: None };
         control.advertise(client);
         control
     }
 
     /// One commit each: a toolstack that lets us write one need not let us write the others.
     fn advertise(&self, client: &mut Client) {
-        for path in FEATURES {
-            client.commit([Change::Write { path: path.into(), value: b"1".to_vec() }]);
+        for order in self.heard {
+            let path = order.feature().into();
+            client.commit([Change::Write { path, value: b"1".to_vec() }]);
         }
     }
 
@@ -97,7 +108,8 @@ impl Control {
             Ok(Outcome::Values(values)) => {
                 // Empty: nothing is ordered, or what was is acknowledged.
                 let Some(text) = values.first().and_then(Option::as_ref) else { return };
-                let Some(order) = Order::parse(text) else {
+                let order = Order::parse(text).filter(|order| self.heard.contains(order));
+                let Some(order) = order else {
                     if !text.is_empty() {
                         log::warn!("{SHUTDOWN}: ignored: {}", text.escape_ascii());
                     }
@@ -150,6 +162,8 @@ mod tests {
 
     use super::*;
 
+    const FEATURES: [&str; 3] =
+        [Order::ALL[0].feature(), Order::ALL[1].feature(), Order::ALL[2].feature()];
     const HOME: &str = "/local/domain/1";
 
     struct World {
@@ -170,6 +184,10 @@ mod tests {
 
     impl World {
         fn new() -> Self {
+            Self::hearing(&Order::ALL)
+        }
+
+        fn hearing(heard: &'static [Order]) -> Self {
             let mut server = Server::new(Quotas::default());
             let mut toolstack = (server.connect(DomId(0), true), Client::new());
             let mut guest = (server.introduce(DomId(1)), Client::new());
@@ -188,7 +206,7 @@ mod tests {
                 toolstack.1.commit([write, Change::SetPerms { path, perms }]);
             }
             while converse(&mut server, &mut toolstack) {}
-            let control = Control::new(&mut guest.1);
+            let control = Control::new(&mut guest.1, heard);
             let mut world = Self { server, toolstack, guest, control };
             world.settle();
             world
@@ -251,6 +269,20 @@ mod tests {
         world.settle();
         assert_eq!(world.control.take_order(), None);
         assert_eq!(world.read(SHUTDOWN).as_deref(), Some("dance"));
+    }
+
+    #[test]
+    fn what_is_not_offered_is_refused() {
+        let mut world = World::hearing(&[Order::PowerOff]);
+        let offered = FEATURES.map(|path| world.read(path));
+        assert_eq!(offered.each_ref().map(|one| one.as_deref()), [Some("1"), Some(""), Some("")]);
+        world.order("suspend");
+        world.settle();
+        assert_eq!(world.control.take_order(), None);
+        assert_eq!(world.read(SHUTDOWN).as_deref(), Some("suspend"), "not acknowledged");
+        world.order("poweroff");
+        world.settle();
+        assert_eq!(world.control.take_order(), Some(Order::PowerOff));
     }
 
     #[test]

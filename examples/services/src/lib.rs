@@ -12,8 +12,18 @@ pub mod exposition;
 pub mod generator;
 pub mod http;
 pub mod jobs;
+#[cfg(feature = "netback")]
+pub mod metrics;
+#[cfg(feature = "netback")]
+pub mod notices;
+#[cfg(feature = "netback")]
+pub mod station;
 pub mod store;
 pub mod streams;
+#[cfg(feature = "netback")]
+pub mod vifs;
+#[cfg(feature = "netback")]
+pub mod withdrawal;
 
 #[cfg(test)]
 mod host;

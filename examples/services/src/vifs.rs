@@ -4,19 +4,20 @@ use alloc::format;
 use alloc::string::String;
 use core::fmt::{self, Write as _};
 
+use hypercall::Hypervisor;
 use netback::Backend;
-use runtime::Hv;
 
 /// A line per vif; then a line per vif, direction and datapath that packets have taken, tx being from the guest; then the
 /// datapaths that packets may take now.
-pub(crate) fn table(backend: &Backend<Hv>) -> String {
+#[must_use]
+pub fn table<H: Hypervisor>(backend: &Backend<H>) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = write_all(&mut text, backend);
     text
 }
 
-fn write_all(text: &mut String, backend: &Backend<Hv>) -> fmt::Result {
+fn write_all<H: Hypervisor>(text: &mut String, backend: &Backend<H>) -> fmt::Result {
     writeln!(
         text,
         "{:<8} {:<12} {:>6} {:>9} {:>9}  features",
