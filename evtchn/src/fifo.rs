@@ -19,6 +19,9 @@ use spin::Mutex;
 
 use crate::two_level::SCALE;
 
+#[cfg(test)]
+mod tests;
+
 /// Ports whose words are in one page; in a model few are enough.
 const WORDS: usize = if cfg!(loom) { 4 } else { PAGE_SIZE / 4 };
 /// Pages that the array can have.

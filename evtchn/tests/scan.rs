@@ -1,4 +1,4 @@
-//! The upcall scan and channels against a simulated Xen.
+//! The upcall scan and channels against a simulated Xen, with either way of delivery.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
@@ -6,11 +6,37 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use evtchn::{Channel, Eoi, Upcalls, Work};
+use evtchn::{Channel, Delivery, Eoi, Upcalls, Work};
 use hypercall::{Errno, Hypervisor, Instant, Port, VcpuId, Virq};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, PortState, Sim, SimHv};
 
 const MS: u64 = 1_000_000;
+
+macro_rules! both {
+    ($($name:ident),* $(,)?) => {
+        mod fifo {
+            $(#[test] fn $name() { super::$name(evtchn::Delivery::Fifo); })*
+        }
+        mod two_level {
+            $(#[test] fn $name() { super::$name(evtchn::Delivery::TwoLevel); })*
+        }
+    };
+}
+
+both! {
+    an_event_is_handed_out_once_and_again_only_after_its_end,
+    all_ports_pending_at_once_are_each_handed_out_once_within_the_budget,
+    a_storm_on_low_ports_does_not_keep_a_high_one_waiting,
+    every_port_gets_its_turn_when_all_keep_coming,
+    a_scan_of_no_budget_loses_nothing,
+    an_event_while_the_scan_runs_is_found_by_the_next,
+    a_peer_that_notifies_for_nothing_is_heard_less_and_less_often,
+    a_dropped_channel_is_closed_even_while_its_event_is_handled,
+    a_close_that_fails_leaves_the_port_silent,
+    a_port_that_is_not_ours_to_bind_is_refused_and_a_peer_that_is_gone_is_no_error,
+    a_virtual_interrupt_tells_that_a_domain_died,
+    no_event_is_lost_between_threads,
+}
 
 struct World {
     sim: Sim,
@@ -22,11 +48,12 @@ struct World {
 }
 
 /// `count` channels of ours, joined to a peer, their first events taken.
-fn world(count: usize) -> World {
+fn world(by: Delivery, count: usize) -> World {
     let sim = Sim::new();
-    let us = sim.create(DomainConfig::dom0());
+    let us = sim.create(DomainConfig { fifo: by == Delivery::Fifo, ..DomainConfig::dom0() });
     let peer = sim.create(DomainConfig::guest());
     let mut upcalls = Upcalls::new(&us, VcpuId(0));
+    assert_eq!(upcalls.delivery(), by);
     let binder = upcalls.binder();
     let mut channels = BTreeMap::new();
     for _ in 0..count {
@@ -66,9 +93,8 @@ impl World {
     }
 }
 
-#[test]
-fn an_event_is_handed_out_once_and_again_only_after_its_end() {
-    let mut w = world(2);
+fn an_event_is_handed_out_once_and_again_only_after_its_end(by: Delivery) {
+    let mut w = world(by, 2);
     let port = w.ports()[0];
     w.raise(port);
     assert!(w.upcalls.is_pending());
@@ -85,9 +111,8 @@ fn an_event_is_handed_out_once_and_again_only_after_its_end() {
     assert_eq!(w.scan(8), []);
 }
 
-#[test]
-fn all_ports_pending_at_once_are_each_handed_out_once_within_the_budget() {
-    let mut w = world(4095);
+fn all_ports_pending_at_once_are_each_handed_out_once_within_the_budget(by: Delivery) {
+    let mut w = world(by, 4095);
     for port in w.ports() {
         w.raise(port);
     }
@@ -105,9 +130,8 @@ fn all_ports_pending_at_once_are_each_handed_out_once_within_the_budget() {
     assert!(scans >= 41);
 }
 
-#[test]
-fn a_storm_on_low_ports_does_not_keep_a_high_one_waiting() {
-    let mut w = world(1000);
+fn a_storm_on_low_ports_does_not_keep_a_high_one_waiting(by: Delivery) {
+    let mut w = world(by, 1000);
     let (last, storm) = (w.ports()[999], w.ports()[..200].to_vec());
     w.raise(last);
     let mut waited = 0;
@@ -127,9 +151,8 @@ fn a_storm_on_low_ports_does_not_keep_a_high_one_waiting() {
     }
 }
 
-#[test]
-fn every_port_gets_its_turn_when_all_keep_coming() {
-    let mut w = world(300);
+fn every_port_gets_its_turn_when_all_keep_coming(by: Delivery) {
+    let mut w = world(by, 300);
     let mut turns: BTreeMap<Port, u32> = BTreeMap::new();
     for _ in 0..300 {
         for port in w.ports() {
@@ -141,21 +164,20 @@ fn every_port_gets_its_turn_when_all_keep_coming() {
         }
     }
     let (fewest, most) = (turns.values().min().unwrap(), turns.values().max().unwrap());
-    assert_eq!((turns.len(), *fewest, *most), (300, 7, 7));
+    // Those of one scan are raised again in the order of their numbers.
+    assert!(turns.len() == 300 && *fewest >= 6 && *most <= 8, "{turns:?}");
 }
 
-#[test]
-fn a_scan_of_no_budget_loses_nothing() {
-    let mut w = world(1);
+fn a_scan_of_no_budget_loses_nothing(by: Delivery) {
+    let mut w = world(by, 1);
     let port = w.ports()[0];
     w.raise(port);
     assert_eq!(w.scan(0), []);
     assert_eq!(w.scan(1), [port]);
 }
 
-#[test]
-fn an_event_while_the_scan_runs_is_found_by_the_next() {
-    let mut w = world(200);
+fn an_event_while_the_scan_runs_is_found_by_the_next(by: Delivery) {
+    let mut w = world(by, 200);
     let (first, later, earlier) = (w.ports()[70], w.ports()[150], w.ports()[3]);
     w.raise(first);
     let mut got = Vec::new();
@@ -173,9 +195,8 @@ fn an_event_while_the_scan_runs_is_found_by_the_next() {
     assert_eq!(w.scan(10), [first]);
 }
 
-#[test]
-fn a_peer_that_notifies_for_nothing_is_heard_less_and_less_often() {
-    let mut w = world(1);
+fn a_peer_that_notifies_for_nothing_is_heard_less_and_less_often(by: Delivery) {
+    let mut w = world(by, 1);
     let port = w.ports()[0];
     let mut now = 0;
     let mut waits = Vec::new();
@@ -204,9 +225,8 @@ fn a_peer_that_notifies_for_nothing_is_heard_less_and_less_often() {
     assert_eq!(w.eoi(port, Work::Done, now), Eoi::Open, "one piece of work makes up for it all");
 }
 
-#[test]
-fn a_dropped_channel_is_closed_even_while_its_event_is_handled() {
-    let mut w = world(3);
+fn a_dropped_channel_is_closed_even_while_its_event_is_handled(by: Delivery) {
+    let mut w = world(by, 3);
     let ports = w.ports();
     for port in &ports {
         w.raise(*port);
@@ -233,9 +253,8 @@ fn a_dropped_channel_is_closed_even_while_its_event_is_handled() {
     assert_eq!(w.scan(8), [again.port()], "a port used again is heard");
 }
 
-#[test]
-fn a_close_that_fails_leaves_the_port_silent() {
-    let mut w = world(1);
+fn a_close_that_fails_leaves_the_port_silent(by: Delivery) {
+    let mut w = world(by, 1);
     let port = w.ports()[0];
     let (channel, theirs) = w.channels.remove(&port).unwrap();
     w.sim.inject(w.us.id(), FaultPlan::next(Kind::Close, Fault::Errno(Errno::BUSY)));
@@ -244,9 +263,8 @@ fn a_close_that_fails_leaves_the_port_silent() {
     assert!(!w.upcalls.is_pending());
 }
 
-#[test]
-fn a_port_that_is_not_ours_to_bind_is_refused_and_a_peer_that_is_gone_is_no_error() {
-    let mut w = world(1);
+fn a_port_that_is_not_ours_to_bind_is_refused_and_a_peer_that_is_gone_is_no_error(by: Delivery) {
+    let mut w = world(by, 1);
     let binder = w.upcalls.binder();
     let stranger = w.sim.create(DomainConfig::guest());
     let offered = w.peer.alloc_unbound(stranger.id()).unwrap();
@@ -263,21 +281,20 @@ fn a_port_that_is_not_ours_to_bind_is_refused_and_a_peer_that_is_gone_is_no_erro
     assert_eq!(w.scan(1), []);
 }
 
-#[test]
-fn a_virtual_interrupt_tells_that_a_domain_died() {
-    let mut w = world(0);
+fn a_virtual_interrupt_tells_that_a_domain_died(by: Delivery) {
+    let mut w = world(by, 0);
     let channel = w.upcalls.binder().bind_virq(Virq::DOM_EXC, VcpuId(0)).unwrap();
     w.sim.destroy(w.peer.id());
     assert_eq!(w.scan(1), [channel.port()]);
 }
 
 /// Two threads raise ports while a third scans, with a small budget. Each waits until its event has been seen before it
-/// raises the next, so that no later event makes up for one that was lost.
-#[test]
-fn no_event_is_lost_between_threads() {
+/// raises the next, so that no later event makes up for one that was lost. What is done in the wrong order need not show
+/// here; it does in the models (loom.rs).
+fn no_event_is_lost_between_threads(by: Delivery) {
     const PORTS: usize = 130;
     const ROUNDS: usize = 10_000;
-    let mut w = world(PORTS);
+    let mut w = world(by, PORTS);
     let ports = w.ports();
     let theirs: Vec<_> = ports.iter().map(|port| w.channels[port].1).collect();
     let counters = || (0..PORTS).map(|_| AtomicU64::new(0)).collect::<Vec<_>>();
