@@ -58,14 +58,14 @@ pub struct XlImages {
 
 /// The steps a domain can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!("steps":
-    "abuse" "at" "away" "bg" "bgend" "bgwait" "cnt" "crash" "drain" "feat" "file" "files" "filesum" "flow" "garbage"
+    "abuse" "at" "away" "bg" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "file" "files" "filesum" "flow" "garbage"
     "get" "job" "met" "net" "pings" "pour" "private" "reload" "renet" "services" "settle" "sha" "sink" "source"
     "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv" "usend"
 );
 
 /// The steps that only a dom0 with xl can take.
 const XL_STEPS: &[(&str, &str)] = &embedded!("xl/steps":
-    "attach" "detach" "domain" "rebridge" "vif"
+    "attach" "detach" "domain" "netback" "rebridge" "vif"
 );
 
 /// Fetches packages and builds images for aarch64, whatever of it is not there yet.

@@ -156,7 +156,12 @@ impl Run {
 
     /// Reads dom0's counters over the network from a guest, and keeps them as metrics-LABEL.txt.
     pub fn metrics(&self, domain: usize, label: &str) -> Result<Metrics> {
-        let answer = self.good(domain, "met", 60)?;
+        self.metrics_of("4:1", domain, label)
+    }
+
+    /// The counters of who is at an address, as the steps have it, read by a domain.
+    pub fn metrics_of(&self, address: &str, domain: usize, label: &str) -> Result<Metrics> {
+        let answer = self.good(domain, &format!("met {address}"), 60)?;
         let metrics = Metrics::parse(answer.lines.iter().map(String::as_str))?;
         fs::write(self.dir.join(format!("metrics-{label}.txt")), metrics.text())?;
         Ok(metrics)

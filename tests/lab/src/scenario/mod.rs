@@ -60,6 +60,20 @@ pub const ALL: &[Scenario] = &[
         boot: linux::boot,
     },
     Scenario {
+        name: "guest-x86_64",
+        about: "this project's guest under xl, on Linux's own backend, with a stock Linux guest beside it",
+        by_default: true,
+        test: x86::guest::test,
+        boot: x86::guest::boot,
+    },
+    Scenario {
+        name: "save-restore-x86_64",
+        about: "the same guest is saved and restored three times while data flows",
+        by_default: true,
+        test: x86::save::test,
+        boot: x86::save::boot,
+    },
+    Scenario {
         name: "linux-x86_64",
         about: "stock Linux guests, PV and PVH, on Linux's own backend, for comparison (on demand)",
         by_default: false,

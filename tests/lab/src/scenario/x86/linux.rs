@@ -2,25 +2,19 @@
 
 use anyhow::Result;
 
-use super::{created, dom0_up, exchange, linux_ready, name, pings};
+use super::{Made, connected, created, dom0_up, linux_ready, name, reattach};
 use crate::boot;
 use crate::console::Source;
-use crate::images;
-use crate::machine::x86_64::Board;
 use crate::run::{Run, Tally};
+use crate::scenario::transfer::{exchange, pings};
 
 pub fn boot(name: &'static str) -> Result<()> {
-    let images = images::prepare_xl(&[])?;
-    boot::interactive(
-        name,
-        &Board { images: &images, xen_arguments: "", dom0_arguments: "lab=shell" },
-    )
+    boot::interactive(name, &Made::prepare(&[])?.board("lab=shell"))
 }
 
 pub fn test(name: &'static str) -> Result<Tally> {
-    let images = images::prepare_xl(&[])?;
-    let board = Board { images: &images, xen_arguments: "", dom0_arguments: "" };
-    let mut run = Run::start(name, &board)?;
+    let made = Made::prepare(&[])?;
+    let mut run = Run::start(name, &made.board(""))?;
     if dom0_up(&mut run)
         && created(&mut run, 1, "pvh", "0", "")
         && created(&mut run, 2, "pv", "0", "")
@@ -39,13 +33,14 @@ fn guest(run: &mut Run, domain: usize, kind: &str) {
     run.check(&format!("{what} has its interface"), Source::Dom(domain), made);
     pings(run, 0, domain, &what, 200);
     exchange(run, 0, domain, &what, kind);
-    let made = reattach(run, domain);
+    let made = again(run, domain);
     run.check(&format!("{what} loses its vif and gets another"), Source::Dom(domain), made);
     pings(run, 0, domain, &format!("{what} again"), 20);
 }
 
-fn reattach(run: &Run, domain: usize) -> Result<String> {
-    run.good(0, &format!("detach {domain}"), 60)?;
-    run.good(0, &format!("attach {domain} 0"), 60)?;
-    Ok(run.good(domain, "net 1", 170)?.text())
+fn again(run: &Run, domain: usize) -> Result<String> {
+    reattach(run, domain, "0")?;
+    let answer = run.good(domain, "net 1", 170)?;
+    connected(run, domain, 60)?;
+    Ok(answer.text())
 }

@@ -1,14 +1,43 @@
 //! Machines with Linux as dom0, which starts guests with xl.
 
+pub mod guest;
+mod keys;
 pub mod linux;
+pub mod save;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::transfer::{exchange, has_file, pings};
+use super::traffic;
+use super::transfer::{at, has_file};
 use crate::console::Source;
+use crate::images::{self, XlImages};
+use crate::machine::x86_64::Board;
 use crate::run::Run;
+use crate::toolchain::{self, X86_64};
+
+/// What a machine is made of.
+struct Made {
+    images: XlImages,
+}
+
+impl Made {
+    /// With these images of ours.
+    fn prepare(packages: &[&str]) -> Result<Self> {
+        let ours: Vec<(&str, PathBuf)> = packages
+            .iter()
+            .map(|package| Ok((*package, toolchain::image(package, X86_64)?)))
+            .collect::<Result<_>>()?;
+        let ours: Vec<_> = ours.iter().map(|(name, path)| (*name, path.as_path())).collect();
+        Ok(Self { images: images::prepare_xl(&ours)? })
+    }
+
+    fn board<'a>(&'a self, dom0_arguments: &'a str) -> Board<'a> {
+        Board { images: &self.images, dom0_arguments }
+    }
+}
 
 /// dom0 takes steps and has its file.
 fn dom0_up(run: &mut Run) -> bool {
@@ -76,4 +105,20 @@ fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
         );
         std::thread::sleep(Duration::from_millis(300));
     }
+}
+
+/// Takes a guest's vif away and gives it another, served by that domain.
+fn reattach(run: &Run, domain: usize, backend: &str) -> Result<()> {
+    run.good(0, &format!("detach {domain}"), 100)?;
+    run.good(0, &format!("attach {domain} {backend}"), 100)?;
+    Ok(())
+}
+
+/// The same for a guest of ours on dom0's backend, and it answers pings again: how long that took.
+fn again(run: &Run, domain: usize, backend: &str) -> Result<String> {
+    let started = run.age();
+    reattach(run, domain, backend)?;
+    connected(run, domain, 60)?;
+    traffic::ping(run, 0, &at(domain), 56, 5)?;
+    Ok(format!("{:.1} s", (run.age() - started).as_secs_f64()))
 }
