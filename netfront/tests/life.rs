@@ -5,13 +5,14 @@
 mod common;
 
 use common::{BACK, FRONT, Rings, World, connected, directory, okay, rx, write};
+use evtchn::Delivery;
 use hypercall::abi::GrantEntryV1;
 use hypercall::{DomId, Handle, Hypervisor, PageOffset};
 use netfront::{Config, JoinError, MAX_MULTICAST, Meta, Notice, SendError};
 use netif::mac::MacAddr;
 use netif::slot::{ExtraInfo, RxFlags, TxResponse, TxStatus};
 use netif::tx::{MulticastChange, Verdict, assemble};
-use sim::Item;
+use sim::{Item, PortState};
 use xenbus::device::State;
 
 fn config() -> Config {
@@ -115,6 +116,12 @@ fn move_away(world: &mut World, rings: Rings) {
             _ => {}
         }
     }
+    plug_in_again(world);
+    world.table.resumed().unwrap();
+}
+
+/// What the toolstack does where the domain goes on.
+fn plug_in_again(world: &mut World) {
     world.dom0.1.commit([xenbus::client::Change::Rm { path: BACK.into() }]);
     world.dom0.1.commit(directory(BACK, 0, 1));
     world.dom0.1.commit([
@@ -122,7 +129,6 @@ fn move_away(world: &mut World, rings: Rings) {
         write(format!("{BACK}/state"), "1"),
         write(format!("{FRONT}/state"), "1"),
     ]);
-    world.table.resumed().unwrap();
 }
 
 #[test]
@@ -139,6 +145,46 @@ fn a_resumed_domain_starts_over() {
         assert_eq!(world.nic.counters().tx.lost, 3);
         world.assert_clean();
         world.assert_unmoved();
+        world.offer(&[("feature-sg", "1")]);
+        let rings = world.attach();
+        world.assert_carried_on(rings);
+    }
+}
+
+#[test]
+fn a_domain_that_is_restored_starts_over_however_its_events_come() {
+    for (from, to) in [(true, true), (true, false), (false, true)] {
+        let mut world = World::plain(config());
+        let mut is_fifo = true;
+        for fifo in [from, to, to] {
+            world.offer(&[("feature-sg", "1")]);
+            let rings = world.attach();
+            world.send(3);
+            world.nic.suspended();
+            drop(rings);
+            assert!(world.sim.suspend(DomId(1)));
+            world.sim.set_fifo(DomId(1), fifo);
+            assert!(world.sim.resume(DomId(1), 0x1_6005));
+            assert_eq!(world.upcalls.delivery() == Delivery::Fifo, is_fifo);
+            world.upcalls.resumed();
+            is_fifo = fifo;
+            world.table.resumed().unwrap();
+            // Somebody is quicker, and has a port with the number of one that the interface had.
+            let early = world.upcalls.binder().alloc_unbound(DomId(0)).unwrap();
+            plug_in_again(&mut world);
+            world.nic.resumed(&mut world.guest.1, false);
+            let state = world.sim.port(DomId(1), early.port());
+            assert_eq!(state, PortState::Unbound(DomId(0)), "it is not closed for that");
+            drop(early);
+            world.settle();
+            assert_eq!((world.upcalls.bound(), world.grants()), (0, (0, 0)));
+            if fifo {
+                world.assert_clean();
+            } else {
+                // The pages of the queues are kept.
+                world.before = world.sim.ledger();
+            }
+        }
         world.offer(&[("feature-sg", "1")]);
         let rings = world.attach();
         world.assert_carried_on(rings);

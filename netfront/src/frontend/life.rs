@@ -443,8 +443,8 @@ impl<H: Hypervisor> Frontend<H> {
     /// The domain runs again. If the suspension was `cancelled`, all is as it was. If not, this may be another machine: the
     /// backend, the rings, the ports and all references are void, and the interface starts over.
     ///
-    /// To be called once the grant table ([`GrantTable::resumed`](grant::GrantTable::resumed)) and the store client
-    /// ([`Client::reconnect`]) have started over, and before anybody binds new ports: those of before are closed here.
+    /// To be called once the event channels ([`Upcalls::resumed`](evtchn::Upcalls::resumed)), the grant table
+    /// ([`GrantTable::resumed`](grant::GrantTable::resumed)) and the store client ([`Client::reconnect`]) have started over.
     pub fn resumed(&mut self, client: &mut Client, cancelled: bool) {
         self.suspended = false;
         if self.gone {

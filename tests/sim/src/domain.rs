@@ -36,7 +36,7 @@ pub struct DomainConfig {
     pub maptrack: u32,
     /// The highest event channel it may have.
     pub max_port: u32,
-    /// It may have its events through queues (FIFO); 2-level only if not, or if the environment has a `SIM_TWO_LEVEL`.
+    /// It may have its events through queues (FIFO), as on any Xen since 4.4; 2-level only if not.
     pub fifo: bool,
     /// Its first frame number, if it is not direct-mapped; by default far from those of other domains.
     pub first_gfn: Option<u64>,
@@ -215,10 +215,7 @@ impl Domain {
             shutdown: None,
             memory,
             grants: Grants::new(config.grant_frames, config.maptrack),
-            events: Events::new(
-                config.max_port,
-                config.fifo && std::env::var_os("SIM_TWO_LEVEL").is_none(),
-            ),
+            events: Events::new(config.max_port, config.fifo),
             params: BTreeMap::new(),
             faults: Faults::default(),
         }

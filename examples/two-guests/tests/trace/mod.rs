@@ -14,25 +14,27 @@ pub const PLACES: [Place; 3] = [Place::Guest(0), Place::Guest(1), Place::Outside
 
 /// Two guests and the outside. The first guest's pages are lent anew for each packet, so that what it sends to the second goes
 /// by reference and what it sends to the card is mapped; those of the second stay mapped. Both send small ones, too, which are
-/// copied.
+/// copied. In which of the two ways each domain has its events is as the seed has it.
 pub fn machine(seed: u64, board: Board, driver_domain: bool, first_index: u32) -> World {
     let mut config = Config { driver_domain, ..Config::small(seed).on(board) };
-    config.domain = DomainConfig { privileged: !driver_domain, ..config.domain };
+    let fifo = |domain: u32| seed >> (domain + 1) & 1 == 0;
+    config.domain = DomainConfig { privileged: !driver_domain, fifo: fifo(0), ..config.domain };
     let buffers = |count| NonZeroUsize::new(count).unwrap();
     config.backend.small_buffers = buffers(64);
     config.backend.large_buffers = buffers(4);
     config.backend.max_queues = 1;
     config.backend.policy.settle = MS / 10;
     let mut world = World::new(config);
-    for static_grants in [false, true] {
+    for (number, static_grants) in [(1, false), (2, true)] {
         let frontend = netfront::Config {
             posted: 24,
             first_index,
             static_grants,
             ..netfront::Config::new(Handle(0))
         };
+        let domain = DomainConfig { fifo: fifo(number), ..DomainConfig::guest() };
         world
-            .add_guest(GuestConfig { frontend, max_frame: 9000, ..GuestConfig::default() })
+            .add_guest(GuestConfig { frontend, max_frame: 9000, domain, ..GuestConfig::default() })
             .unwrap();
     }
     let [first, second, outside] = PLACES;
