@@ -24,6 +24,10 @@ const PORTS: usize = 64;
 /// Nanoseconds between two looks for a store that the toolstack has not made yet.
 const LOOK: u64 = 20_000_000;
 
+/// What the toolstack may order.
+const ORDERS: &[Order] =
+    if runtime::CAN_SUSPEND { &Order::ALL } else { &[Order::PowerOff, Order::Reboot] };
+
 struct Domain {
     hv: Hv,
     upcalls: Upcalls<Hv>,
@@ -38,14 +42,16 @@ struct Domain {
 }
 
 fn run(hv: Hv, boot: BootInfo) -> ! {
-    let ended = Domain::new(hv, &boot).and_then(|mut domain| domain.live());
-    match ended {
-        Ok(how) => hv.shutdown(how),
-        Err(error) => {
-            log::error!("guest: cannot go on: {error}");
-            hv.shutdown(Shutdown::Crash)
-        }
-    }
+    let error = match Domain::new(hv, &boot) {
+        // The domain ends as it is: what is lent out need not be asked for.
+        Ok(mut domain) => match domain.live() {
+            Ok(how) => hv.shutdown(how),
+            Err(error) => error,
+        },
+        Err(error) => error,
+    };
+    log::error!("guest: cannot go on: {error}");
+    hv.shutdown(Shutdown::Crash)
 }
 
 /// The ring to the store, as soon as there is one: a domain that Xen built itself is running before its toolstack is.
@@ -73,7 +79,7 @@ impl Domain {
         let table = GrantTable::new(&hv)?;
         let ring = store_ring(&hv, &sleep);
         let mut store = Connection::new(&binder, ring.page, ring.port)?;
-        let control = Control::new(store.client(), &Order::ALL);
+        let control = Control::new(store.client(), ORDERS);
         // The counter at start: no secret of the best kind, but neighbours cannot read it from where they are.
         let seed = runtime::now().0.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let guest = Guest::new(table.clone(), binder, store.client(), &options, seed);

@@ -13,6 +13,9 @@ pub fn now() -> Instant {
     Instant(0)
 }
 
+/// Whether [`suspend`] can be of use.
+pub const CAN_SUSPEND: bool = false;
+
 /// Asks to be suspended.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ mod store;
 mod tree;
 mod windows;
 
-pub use arch::{now, suspend};
+pub use arch::{CAN_SUSPEND, now, suspend};
 pub use console::{is_line_open, print};
 pub use heap::{HeapStats, heap_stats};
 pub use hypercall::Suspended;

@@ -39,10 +39,13 @@ unsafe extern "Rust" {
     safe fn runtime_main(hv: Hv, boot: BootInfo) -> !;
 }
 
+/// Whether [`suspend`] can be of use: Xen on Arm has no way to save a domain.
+pub const CAN_SUSPEND: bool = false;
+
 /// Asks to be suspended: to be saved, moved, or copied.
 ///
 /// # Errors
-/// [`Errno::NOSYS`]: Xen on Arm has no way to save a domain.
+/// [`Errno::NOSYS`]: nobody could save this domain.
 pub fn suspend(_: &Hv) -> Result<Suspended, Errno> {
     Err(Errno::NOSYS)
 }
