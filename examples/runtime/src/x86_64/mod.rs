@@ -173,6 +173,9 @@ fn attach() -> Result<(), Errno> {
     HV.set_hvm_param(hypercall::DomId::SELF, hypercall::abi::hvm_param::CALLBACK_IRQ, vector)
 }
 
+/// Whether [`suspend`] can be of use.
+pub const CAN_SUSPEND: bool = true;
+
 /// Asks to be suspended: to be saved, moved, or copied. Returns when this domain goes on, be it as another one: then
 /// shared info, callback, clock and console are in order again, and all else that Xen knew of the domain is the
 /// program's to set up anew.
