@@ -66,16 +66,31 @@ save_and_report:
     call    {report}
     ud2
 
-    // It has done its work when it ends the wait. Interrupts stay masked in what it returns to: Xen would raise it again
-    // until the pending flag is cleared, which is the program's to do.
+    // The wait, the only place where interrupts are open.
+    .global {halt}
+{halt}:
+    sti
+halt_here:
+    hlt
+    cli
+    ret
+
+    // An interrupt has done its work when it ends the wait, be it before it has begun: `STI` holds interrupts back until
+    // `HLT` runs, but not every hypervisor keeps that up when it interrupts the two for its own ends. Interrupts stay
+    // masked in what it returns to: Xen would raise it again until the pending flag is cleared, which is the program's to
+    // do.
     .balign 16
     .global {upcall}
 {upcall}:
-    and     dword ptr [rsp + 16], 0xfffffdff
+    cmp     qword ptr [rsp], offset halt_here
+    jne     1f
+    inc     qword ptr [rsp]         // HLT is one byte
+1:  and     dword ptr [rsp + 16], 0xfffffdff
     iretq
 "#,
     vectors = sym vectors,
     report = sym report,
+    halt = sym halt,
     upcall = sym upcall,
 );
 
@@ -84,6 +99,8 @@ unsafe extern "C" {
     safe fn vectors();
     /// The one that is expected.
     safe fn upcall();
+    /// Waits for it.
+    pub safe fn halt();
 }
 
 /// Bytes of code for each vector.

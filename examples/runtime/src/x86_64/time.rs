@@ -7,8 +7,8 @@ use evtchn::{Binder, Channel};
 use hypercall::abi::VcpuTimeInfo;
 use hypercall::arch::shared_info;
 use hypercall::{Errno, Hypervisor, Instant, VcpuId, Virq};
-use x86_64::instructions::interrupts;
 
+use super::faults::halt;
 use crate::machine::{HV, Hv};
 use crate::pv_clock::{Monotonic, system_time};
 
@@ -82,12 +82,12 @@ pub fn acknowledge() {}
 
 /// Waits for an interrupt, until the deadline at most. Uses no processor time meanwhile.
 ///
-/// Interrupts are masked all the time but for one instruction, `HLT`: `STI` takes effect after the instruction that
-/// follows it. So no handler runs between two instructions of the program, and no event is missed: one that was raised
-/// after the look at the flag finds interrupts masked and waits. `HLT` traps to Xen, which marks the vCPU blocked first and
-/// looks at the flag afterwards (`vcpu_block`, `hvm_vcpu_has_pending_irq`: with a callback by vector the flag is the
-/// interrupt, there is nothing to be lost in between), and so returns at once. The alarm is an event like others; one
-/// that is past when it is set is raised at once.
+/// Interrupts are masked all the time but for one instruction, `HLT`, so that no handler runs between two instructions of
+/// the program. No event is missed: one that was raised after the look at the flag finds interrupts masked and waits. With a
+/// callback by vector the flag itself is the interrupt (`hvm_vcpu_has_pending_irq`): there is nothing in between to be lost.
+/// If it is taken before `HLT`, its handler returns behind that; if `HLT` comes first, it traps to Xen, which marks the vCPU
+/// blocked and looks at the flag after that (`vcpu_block`). The alarm is an event like others; one that is past when it is
+/// set is raised at once.
 pub fn wait(until: Option<Instant>) {
     if let Some(deadline) = until
         && let Err(error) = HV.set_alarm(VCPU, CLOCK.system(deadline))
@@ -96,7 +96,5 @@ pub fn wait(until: Option<Instant>) {
         log::error!("no alarm: {error}");
         return;
     }
-    interrupts::enable_and_hlt();
-    // The handler leaves them masked already; what else may wake the processor does not.
-    interrupts::disable();
+    halt();
 }
