@@ -17,7 +17,8 @@ pub const AARCH64: &str = "aarch64-unknown-none";
 /// The PC's 64 bits.
 pub const X86_64: &str = "x86_64-unknown-none";
 /// All images: the package and the target.
-pub const IMAGES: &[(&str, &str)] = &[("dom0", AARCH64)];
+pub const IMAGES: &[(&str, &str)] =
+    &[("dom0", AARCH64), ("driver-domain", X86_64), ("guest", AARCH64), ("guest", X86_64)];
 /// No image may be larger.
 pub const IMAGE_LIMIT: u64 = 2 << 20;
 

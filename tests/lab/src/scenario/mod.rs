@@ -74,6 +74,13 @@ pub const ALL: &[Scenario] = &[
         boot: x86::save::boot,
     },
     Scenario {
+        name: "driver-domain-x86_64",
+        about: "this project's driver domain serves Linux PV, Linux PVH and this project's guest at once",
+        by_default: true,
+        test: x86::driver::test,
+        boot: x86::driver::boot,
+    },
+    Scenario {
         name: "linux-x86_64",
         about: "stock Linux guests, PV and PVH, on Linux's own backend, for comparison (on demand)",
         by_default: false,

@@ -1,5 +1,6 @@
 //! Machines with Linux as dom0, which starts guests with xl.
 
+pub mod driver;
 pub mod guest;
 mod keys;
 pub mod linux;
@@ -94,7 +95,7 @@ fn linux_ready(run: &Run, domain: usize) -> Result<String> {
 fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
     let end = run.age() + Duration::from_secs(seconds);
     loop {
-        let answer = run.good(0, &format!("vif {domain} state"), 30)?;
+        let answer = run.step(0, &format!("vif {domain} state"), 30)?;
         if answer.value("back") == Some("4") && answer.value("front") == Some("4") {
             return Ok(());
         }

@@ -1,0 +1,206 @@
+//! Our driver domain, which serves guests of three kinds at once; and the same guests on Linux's backend in dom0.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::keys::{self, Allowed};
+use super::{Made, connected, created, dom0_up, linux_ready, name, reattach};
+use crate::boot;
+use crate::console::Source;
+use crate::metrics::Metrics;
+use crate::run::{Run, Tally};
+use crate::scenario::traffic;
+use crate::scenario::transfer::{at, exchange, pings, pings_ours};
+
+/// The stock Linux guests, and ours.
+const PVH: usize = 1;
+const PV: usize = 2;
+const OURS: usize = 3;
+/// Our driver domain.
+const DRIVER: usize = 4;
+/// As xl has it as a backend.
+const BACKEND: &str = "dom4";
+/// All guests and their kinds.
+const GUESTS: [(usize, &str); 3] = [(PVH, "pvh"), (PV, "pv"), (OURS, "guest")];
+/// All pairs with a Linux guest first, and what figures call them.
+const PAIRS: [(usize, usize, &str); 3] =
+    [(PVH, PV, "pvh_pv"), (PVH, OURS, "pvh_guest"), (PV, OURS, "pv_guest")];
+/// What has to be the same after a guest was there.
+const HELD: &[&str] = &["grant_mappings", "evtchn_ports_bound", "netback_frames_free"];
+/// What nobody may leave behind.
+const NONE: &[&str] = &["netback_packets_open", "grant_mappings_parked"];
+
+/// Keys of a backend that only ours has.
+const BACK_MORE: &[Allowed] = &[];
+/// Keys of a backend that only Linux's has.
+const BACK_LESS: &[Allowed] = &[];
+
+pub fn boot(name: &'static str) -> Result<()> {
+    boot::interactive(name, &Made::prepare(&["guest", "driver-domain"])?.board("lab=shell"))
+}
+
+pub fn test(scenario: &'static str) -> Result<Tally> {
+    let made = Made::prepare(&["guest", "driver-domain"])?;
+    let mut run = Run::start(scenario, &made.board(""))?;
+    if dom0_up(&mut run) && created(&mut run, DRIVER, "driver", "none", "") && guests(&mut run) {
+        all_pings(&mut run);
+        for (one, other, figure) in PAIRS {
+            pair(&mut run, one, other, &format!("driver_{figure}"));
+        }
+        let ours = keys::of(&run, PVH, "back", "driver");
+        reconnects(&mut run);
+        destroyed_guest(&mut run);
+        destroyed_driver(&mut run);
+        compared(&mut run, ours);
+    }
+    run.finish(scenario)
+}
+
+/// Everybody is there.
+fn guests(run: &mut Run) -> bool {
+    GUESTS.iter().all(|(domain, kind)| {
+        created(run, *domain, kind, BACKEND, "")
+            && (*kind == "guest" || has_interface(run, *domain))
+    })
+}
+
+fn has_interface(run: &mut Run, domain: usize) -> bool {
+    let made = linux_ready(run, domain);
+    run.check(&format!("dom{domain} has its interface"), Source::Dom(domain), made)
+}
+
+fn called(domain: usize) -> String {
+    let kind = GUESTS.iter().find(|(n, _)| *n == domain).map_or("", |(_, kind)| kind);
+    name(kind, domain)
+}
+
+fn all_pings(run: &mut Run) {
+    for (one, other, _) in PAIRS {
+        pings(run, one, other, &format!("{}, from {}", called(other), called(one)), 100);
+    }
+    pings_ours(run, PVH, OURS, PV, "Linux PV", 100);
+    pings(run, PVH, DRIVER, "the driver domain itself", 20);
+}
+
+fn pair(run: &mut Run, one: usize, other: usize, figure: &str) {
+    exchange(run, one, other, &format!("{}, by {}", called(other), called(one)), figure);
+}
+
+fn metrics(run: &Run, label: &str) -> Result<Metrics> {
+    run.metrics_of(&at(DRIVER), PVH, label)
+}
+
+/// Each guest loses its vif and gets another.
+fn reconnects(run: &mut Run) {
+    let before = metrics(run, "reconnect-before");
+    for (domain, _) in GUESTS {
+        let made = again(run, domain, BACKEND);
+        let name = format!("{} loses its vif and gets another", called(domain));
+        run.check(&name, Source::Dom(domain), made);
+    }
+    let made = before.and_then(|before| returned(run, &before, "reconnect-after"));
+    run.check("the driver domain holds what it held before", Source::Dom(DRIVER), made);
+}
+
+/// A guest gets another vif, and reaches another guest through it.
+fn again(run: &Run, domain: usize, backend: &str) -> Result<String> {
+    let started = run.age();
+    reattach(run, domain, backend)?;
+    comes_up(run, domain)?;
+    let (from, to) = if domain == PVH { (PVH, PV) } else { (PVH, domain) };
+    traffic::ping(run, from, &at(to), 56, 5)?;
+    Ok(format!("{:.1} s", (run.age() - started).as_secs_f64()))
+}
+
+/// A vif that has been given to a guest is used by it.
+fn comes_up(run: &Run, domain: usize) -> Result<()> {
+    if domain != OURS {
+        run.good(domain, "net 1", 170)?;
+    }
+    connected(run, domain, 60)
+}
+
+/// Counters are back where they were. That takes a moment, so they are looked at a few times.
+fn returned(run: &Run, before: &Metrics, label: &str) -> Result<String> {
+    let mut made = Ok(String::new());
+    for _ in 0..10 {
+        let after = metrics(run, label)?;
+        made = same(before, &after);
+        if made.is_ok() {
+            break;
+        }
+        run.good(PVH, "settle 1", 20)?;
+    }
+    made
+}
+
+fn same(before: &Metrics, after: &Metrics) -> Result<String> {
+    let mut text = Vec::new();
+    for name in HELD {
+        let (old, new) = (before.need(name, &[])?, after.need(name, &[])?);
+        ensure!(old == new, "{name} was {old} and is {new}");
+        text.push(format!("{name} {new}"));
+    }
+    for name in NONE {
+        let left = after.need(name, &[])?;
+        ensure!(left == 0.0, "{name} {left}");
+    }
+    Ok(text.join(", "))
+}
+
+/// A guest is destroyed while it is sent a file; then it starts again.
+fn destroyed_guest(run: &mut Run) {
+    let made = run.good(0, &format!("detach {PV}"), 100).and_then(|_| metrics(run, "without-pv"));
+    let without = made.and_then(|metrics| {
+        run.good(0, &format!("attach {PV} {BACKEND}"), 100)?;
+        comes_up(run, PV)?;
+        Ok(metrics)
+    });
+    let made = without.and_then(|without| {
+        run.good(PVH, &format!("bg file sink {} 0.02", at(PV)), 20)?;
+        run.good(PVH, "settle 2", 20)?;
+        run.good(0, &format!("xl destroy dom{PV}"), 100)?;
+        run.good(PVH, "bgruns file", 20).context("the transfer ended before the guest did")?;
+        let made = returned(run, &without, "destroyed-after");
+        run.step(PVH, "bgend file", 60)?;
+        made
+    });
+    let name = "nothing stays in the driver domain of a guest destroyed in mid-transfer";
+    run.check(name, Source::Dom(DRIVER), made);
+    pings(run, PVH, OURS, "our guest, from Linux PVH, after that", 20);
+    if created(run, PV, "pv", BACKEND, "") && has_interface(run, PV) {
+        pings(run, PVH, PV, "the new Linux PV", 20);
+    }
+}
+
+/// The driver domain is destroyed, and a new one serves the same guests.
+fn destroyed_driver(run: &mut Run) {
+    let made = run.good(0, &format!("xl destroy dom{DRIVER}"), 100).map(|_| String::new());
+    run.check("the driver domain can be destroyed", Source::Dom(0), made);
+    if !created(run, DRIVER, "driver", "none", "") {
+        return;
+    }
+    for (domain, _) in GUESTS {
+        let made = reattach(run, domain, BACKEND).and_then(|()| comes_up(run, domain));
+        let name = format!("{} comes back to the new driver domain", called(domain));
+        run.check(&name, Source::Dom(domain), made.map(|()| "connected".to_owned()));
+    }
+    all_pings(run);
+    pair(run, PVH, PV, "new_driver_pvh_pv");
+}
+
+/// The same pairs on Linux's backend in dom0, and what the two backends have in the store.
+fn compared(run: &mut Run, ours: Result<Vec<String>>) {
+    for (domain, _) in GUESTS {
+        let made = reattach(run, domain, "0").and_then(|()| comes_up(run, domain));
+        let name = format!("{} moves to Linux's backend in dom0", called(domain));
+        run.check(&name, Source::Dom(domain), made.map(|()| "connected".to_owned()));
+    }
+    let made = ours.and_then(|ours| {
+        let linux = keys::of(run, PVH, "back", "linux")?;
+        keys::compare(&ours, &linux, BACK_MORE, BACK_LESS)
+    });
+    run.check("our backend has the keys that Linux's has", Source::Dom(DRIVER), made);
+    for (one, other, figure) in PAIRS {
+        pair(run, one, other, &format!("dom0_{figure}"));
+    }
+}
