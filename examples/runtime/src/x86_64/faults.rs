@@ -203,8 +203,8 @@ fn cause(vector: u64) -> &'static str {
         16 | 19 => "floating-point fault",
         17 => "misaligned access",
         18 => "machine check",
-        0..32 => "exception",
-        _ => "interrupt",
+        32.. => "interrupt",
+        _ => "exception",
     }
 }
 
