@@ -17,7 +17,7 @@ pub const PLACES: [Place; 3] = [Place::Guest(0), Place::Guest(1), Place::Outside
 /// copied. In which of the two ways each domain has its events is as the seed has it.
 pub fn machine(seed: u64, board: Board, driver_domain: bool, first_index: u32) -> World {
     let mut config = Config { driver_domain, ..Config::small(seed).on(board) };
-    let fifo = |domain: u32| seed >> (domain + 1) & 1 == 0;
+    let fifo = |domain: u32| seed >> (domain + 1) & 1 != 0;
     config.domain = DomainConfig { privileged: !driver_domain, fifo: fifo(0), ..config.domain };
     let buffers = |count| NonZeroUsize::new(count).unwrap();
     config.backend.small_buffers = buffers(64);
