@@ -289,7 +289,7 @@ pub unsafe trait Toolstack: Hypervisor {
     /// As Xen answers.
     fn destroy_domain(&self, domain: DomId) -> Result<(), Errno>;
 
-    /// A parameter of a domain (`HVMOP_get_param`; hvm/params.h).
+    /// A parameter of a domain (`HVMOP_get_param`; hvm/params.h). A guest may ask for its own.
     ///
     /// # Errors
     /// As Xen answers.

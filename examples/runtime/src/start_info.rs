@@ -105,7 +105,7 @@ mod tests {
         assert!(entries(&HvmStartInfo { memmap_paddr: u64::MAX - 9, ..info() }).is_err());
     }
 
-    /// What xl gave a guest of 64 MiB.
+    /// What xl gives a guest of 64 MiB, in another order.
     #[test]
     fn memory_is_what_the_map_says_and_the_end_is_behind_all_else() {
         let xl =
