@@ -1,4 +1,5 @@
-//! This project at both ends and in the middle: two of its guests and a Linux one on its dom0.
+//! This project at both ends and in the middle: two of its guests and two Linux ones on its dom0. Streams between the Linux ones
+//! are what the others are to be compared with.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,14 +19,28 @@ use crate::toolchain::{self, AARCH64};
 
 /// The guests of this project.
 const OURS: [usize; 2] = [1, 2];
-/// The guest with Linux.
+/// The guest with Linux that does what is to be done.
 const LINUX: usize = 3;
+/// Another one for it to talk to.
+const OTHER: usize = 4;
 /// What our own backend and our own frontend agree on.
 const AGREED: &[&str] =
     &["sg", "gso-tcpv4", "gso-tcpv6", "ipv4-csum", "ipv6-csum", "split", "ctrl-ring"];
 
 /// A datapath that is given back is in use again after this, at most.
 const RETURN: Duration = Duration::from_secs(20);
+
+/// What a guest of ours counts and never has.
+const TROUBLES: &[&str] = &[
+    "netfront_tx_failed_total",
+    "netfront_tx_unknown_total",
+    "netfront_tx_lost_total",
+    "netfront_rx_failed_total",
+    "netfront_rx_malformed_total",
+    "netfront_rx_checksum_total",
+    "netfront_rx_no_memory_total",
+    "grant_parked",
+];
 
 struct Made {
     images: Images,
@@ -48,11 +63,11 @@ impl Made {
             memory: 32,
             vcpus: 1,
         });
-        let linux = Domain::linux(&self.images, LINUX, arguments);
+        let linux = [LINUX, OTHER].map(|n| Domain::linux(&self.images, n, arguments));
         Board {
             xen: &self.images.xen,
             dom0: dom0::ours(&self.dom0),
-            guests: ours.into_iter().chain([linux]).collect(),
+            guests: ours.into_iter().chain(linux).collect(),
         }
     }
 }
@@ -76,9 +91,14 @@ pub fn test(name: &'static str) -> Result<Tally> {
         }
         pings_ours(&mut run, LINUX, 1, 2, "our guest 2", 200);
         exchange_ours(&mut run, LINUX, 1, 2, "guest1_guest2");
+        exchange(&mut run, LINUX, OTHER, "the other Linux guest", "linux_linux");
         statics(&mut run);
         let made = before.and_then(|before| clean(&run, mark, &before));
         run.check("dom0 holds nothing up and has lost nothing", Source::Dom(0), made);
+        for guest in OURS {
+            let made = untroubled(&run, guest);
+            run.check(&format!("our guest {guest} has lost nothing"), Source::Dom(guest), made);
+        }
         ends(&mut run);
     }
     dom0::capture(&mut run);
@@ -97,11 +117,13 @@ fn up(run: &mut Run, made: &Made) -> bool {
         up &= run.check(&format!("our guest {guest} is ready"), Source::Dom(guest), made);
         up = up && dom0::connects(run, guest, AGREED);
     }
-    up = up && traffic::guest_ready(run, LINUX, 90) && dom0::connects(run, LINUX, &[]);
-    if up {
-        traffic::carrier(run, LINUX);
-        let made = transfer::has_file(run, LINUX);
-        up = run.check("the Linux guest has its file", Source::Dom(LINUX), made);
+    for linux in [LINUX, OTHER] {
+        up = up && traffic::guest_ready(run, linux, 90) && dom0::connects(run, linux, &[]);
+        if up {
+            traffic::carrier(run, linux);
+            let made = transfer::has_file(run, linux);
+            up = run.check(&format!("guest {linux} has its file"), Source::Dom(linux), made);
+        }
     }
     up
 }
@@ -180,6 +202,25 @@ fn clean(run: &Run, mark: usize, before: &Metrics) -> Result<String> {
     Ok(format!("dropped: {drops}"))
 }
 
+/// What a guest of ours says of itself after all that.
+fn untroubled(run: &Run, guest: usize) -> Result<String> {
+    let label = format!("guest{guest}");
+    let metrics = run.metrics_of(&transfer::at(guest), LINUX, &label)?;
+    for name in TROUBLES {
+        let count = metrics.need(name, &[])?;
+        ensure!(count == 0.0, "{name} {count} (metrics-{label}.txt)");
+    }
+    let connections = metrics.need("netfront_connections_total", &[])?;
+    ensure!(connections == 1.0, "it connected {connections} times");
+    let count = |name: &str| metrics.need(name, &[]);
+    Ok(format!(
+        "{} packets sent, {} received, {} pages kept mapped",
+        count("netfront_tx_packets_total")?,
+        count("netfront_rx_packets_total")?,
+        count("netfront_static_grants")?
+    ))
+}
+
 /// Our guests do what the toolstack writes, and dom0 lets go of them.
 fn ends(run: &mut Run) {
     let made = not_suspended(run);
@@ -195,12 +236,12 @@ fn ends(run: &mut Run) {
         run.check(&format!("nothing of our guest {guest} is held"), Source::Dom(0), made);
     }
     let made = run.metrics(LINUX, "end").and_then(|end| {
-        // The rings of the Linux guest.
+        // Two each.
         let left = end.need("grant_mappings", &[])?;
-        ensure!(left == 2.0, "{left}");
-        Ok("its two rings".to_owned())
+        ensure!(left == 4.0, "{left} pages");
+        Ok("four pages".to_owned())
     });
-    run.check("dom0 has mapped nothing but the Linux guest's rings", Source::Dom(0), made);
+    run.check("dom0 has mapped nothing but the Linux guests' rings", Source::Dom(0), made);
     let made = traffic::ping(run, LINUX, "4:1", 56, 20).map(|(text, _)| text);
     run.check("the Linux guest still reaches dom0", Source::Dom(LINUX), made);
 }

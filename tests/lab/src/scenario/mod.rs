@@ -47,7 +47,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "guest-aarch64",
-        about: "two guests of this project and a Linux one on this project's dom0: Rust at both ends and in the middle",
+        about: "two guests of this project and two Linux ones on this project's dom0: Rust at both ends and in the middle",
         by_default: true,
         test: guest::test,
         boot: guest::boot,
