@@ -162,7 +162,7 @@ fn received_flows_are_spread_as_sent_ones_are() {
     }
     assert!(used.iter().all(|count| *count > 40), "{used:?}");
     drop((rings, backend));
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     world.assert_clean();
     world.assert_unmoved();
 }

@@ -127,7 +127,7 @@ fn hostile_47_a_page_still_mapped_when_its_packet_is_done() {
     world.send(300 - 256);
     world.nic.close(&mut world.guest.1, world.now);
     drop(rings);
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     world.set(&[("state", "6")]);
     assert_eq!(world.grants(), (0, 1));
     let frame = world.sim.grant_entry(DomId(1), request.gref).unwrap().frame;
@@ -253,7 +253,7 @@ fn hostile_53_memory_that_changes_all_the_time() {
     mutator.join().unwrap();
     world.settle();
     drop(rings);
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     world.set(&[("state", "6")]);
     world.assert_clean();
     world.assert_unmoved();

@@ -63,7 +63,7 @@ fn dies(how: impl Fn(&mut World)) {
 #[test]
 fn hostile_58_the_backend_dies() {
     dies(|world| world.remove(BACK));
-    dies(|world| world.set(&[("state", "5")]));
+    dies(|world| world.set(&[("state", "6")]));
     dies(|world| world.set(&[("state", "6")]));
     dies(|world| world.set(&[("state", "0")]));
 }
@@ -166,7 +166,7 @@ fn refused(keys: &[(&str, &str)], refusal: Refusal) {
     world.assert_clean();
     world.assert_unmoved();
     // Not before it has started over, and not at once.
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     world.set(&[("state", "6")]);
     assert_eq!(world.nic.state(), State::Closed);
     world.set(&[("feature-rx-copy", "1"), ("feature-sg", "1"), ("multi-queue-max-queues", "1")]);
@@ -291,7 +291,7 @@ fn hostile_72_states_that_flip_without_end() {
         world.notices.truncate(64);
     }
     world.settle();
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     world.set(&[("state", "6")]);
     world.assert_clean();
     world.assert_unmoved();
@@ -457,7 +457,7 @@ fn hostile_89_an_entry_that_changes_all_the_time() {
             );
         }
     });
-    world.set(&[("state", "5")]);
+    world.set(&[("state", "6")]);
     assert_eq!(world.nic.state(), State::Closed);
     assert_eq!(world.grants().0, 0);
     let parked = world.table.parked();

@@ -411,3 +411,19 @@ fn changes_of_the_filter_wait_for_room() {
     assert_eq!(changes(&mut world, &mut rings, TxStatus::OKAY).len(), 3);
     world.assert_carried_on(rings);
 }
+
+#[test]
+fn a_toolstack_that_says_closing_for_the_backend_has_nothing_parked() {
+    let mut world = World::plain(config()).with_neighbour();
+    world.offer(&[("feature-sg", "1")]);
+    let rings = world.attach();
+    world.send(3);
+    // As libxl detaches an interface: the backend hears of it by this, and has the rings still.
+    world.set(&[("online", "0"), ("state", "5")]);
+    assert_eq!(world.keys()["state"], 6);
+    assert_eq!(world.grants().1, 0, "nothing is parked");
+    drop(rings);
+    world.set(&[("state", "6")]);
+    world.assert_clean();
+    world.assert_unmoved();
+}

@@ -124,7 +124,9 @@ impl<H: Hypervisor> Frontend<H> {
         self.mac = text(3).and_then(|mac| mac.parse().ok());
         self.trusted = value(5).and_then(parse_u32) != Some(0);
         let mtu = value(4).and_then(parse_u32).and_then(|mtu| mtu.try_into().ok());
-        if core::mem::replace(&mut self.mtu, mtu) != mtu && self.seen {
+        // An interface that is taken away has not changed.
+        let there = value(0).is_some();
+        if there && core::mem::replace(&mut self.mtu, mtu) != mtu && self.seen {
             self.notices.push(Notice::Mtu(mtu));
         }
         let Some((path, id)) = backend else {
@@ -153,9 +155,6 @@ impl<H: Hypervisor> Frontend<H> {
         if peer != State::Connected && peer != State::Reconfigured {
             self.established = false;
         }
-        if !matches!(peer, State::Connected | State::Reconfigured | State::Reconfiguring) {
-            self.let_go(now);
-        }
         let mut action = on_backend(own, peer);
         if own == State::Closed {
             let online = value(7).and_then(parse_u32) == Some(1);
@@ -167,6 +166,12 @@ impl<H: Hypervisor> Frontend<H> {
             };
         }
         self.end(client, action, now);
+        // `Closing` may be the toolstack's word, and no more than a wish: it is written to the backend's node before the
+        // backend knows (`libxl__initiate_device_generic_remove`).
+        let holds = [State::Closing, State::Connected, State::Reconfiguring, State::Reconfigured];
+        if !holds.contains(&peer) {
+            self.let_go(now);
+        }
     }
 
     /// The backend is another than was thought, or the first.
@@ -207,10 +212,6 @@ impl<H: Hypervisor> Frontend<H> {
             Action::Established => self.establish(),
             Action::Disconnect { then } | Action::Fault { then } => {
                 self.disconnect();
-                if then.contains(&State::Closed) {
-                    // The backend has let go already: it says so by its state.
-                    self.let_go(now);
-                }
                 self.not_before.get_or_insert(now.after(FIRST_DELAY));
                 self.write_states(client, then);
             }

@@ -403,7 +403,7 @@ impl<N: Nic> World<N> {
     /// The backend lets go of everything, and has gone through the states that say so.
     pub fn backend_closes(&mut self, rings: impl Sized) {
         drop(rings);
-        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
         self.set(&[("state", "6")]);
     }
 
@@ -423,7 +423,7 @@ impl<N: Nic> World<N> {
         let held = self.sim.ledger().since(&self.before);
         assert!(!held.is_empty(), "the backend may still use them");
         drop(rings);
-        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
         self.set(&[("state", "6")]);
         assert_eq!(self.nic.frontend().state(), State::Closed);
         self.assert_clean();
@@ -479,7 +479,7 @@ impl World {
         self.settle();
         assert_eq!(self.nic.state(), State::Closing);
         drop(rings);
-        self.set(&[("state", "5")]);
+        self.set(&[("state", "6")]);
         self.set(&[("state", "6")]);
         assert_eq!(self.nic.state(), State::Closed);
         self.assert_clean();
