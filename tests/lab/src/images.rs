@@ -59,7 +59,7 @@ pub struct XlImages {
 /// The steps a domain can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!("steps":
     "abuse" "at" "away" "bg" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "file" "files" "filesum" "flow" "garbage"
-    "get" "job" "met" "net" "pings" "pour" "private" "reload" "renet" "services" "settle" "sha" "sink" "source"
+    "get" "job" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "services" "settle" "sha" "sink" "source"
     "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv" "usend"
 );
 

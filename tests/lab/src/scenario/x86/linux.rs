@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Made, connected, created, dom0_up, linux_ready, name, reattach};
+use super::{Made, connected, created, dom0_up, linux_ready, name, reached, reattach};
 use crate::boot;
 use crate::console::Source;
 use crate::run::{Run, Tally};
@@ -35,7 +35,8 @@ fn guest(run: &mut Run, domain: usize, kind: &str) {
     exchange(run, 0, domain, &what, kind);
     let made = again(run, domain);
     run.check(&format!("{what} loses its vif and gets another"), Source::Dom(domain), made);
-    pings(run, 0, domain, &format!("{what} again"), 20);
+    let made = reached(run, 0, domain, 20);
+    run.check(&format!("{what} answers pings again"), Source::Dom(domain), made);
 }
 
 fn again(run: &Run, domain: usize) -> Result<String> {
