@@ -347,13 +347,12 @@ impl<H: Hypervisor> Vif<H> {
             self.features.set(Features::MULTICAST_CONTROL, self.filter.requested);
         }
         let peer = State::parse(value(0));
-        let hotplug = self.terms.hotplug == Hotplug::Switch
-            || value(3) == Some(hotplug::CONNECTED.as_bytes());
+        let plugged_in = value(3) == Some(hotplug::CONNECTED.as_bytes());
         if to_end && self.own == State::InitWait {
             // The guest may have no driver that would answer.
             self.own = State::Closing;
         }
-        let action = on_frontend(self.own, peer, online, hotplug);
+        let action = on_frontend(self.own, peer, online, plugged_in);
         if matches!(action, Action::Switch(states) if states.contains(&State::InitWait))
             && self.not_before.is_some_and(|at| at > around.now)
         {
