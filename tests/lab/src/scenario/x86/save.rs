@@ -56,11 +56,11 @@ fn moved(run: &Run, number: u32, steps: &[String]) -> Result<String> {
     run.good(0, &format!("settle {BEGUN}"), 20)?;
     let (mark, started) = (run.machine.console.mark(Source::Dom(OURS)), run.age());
     run.good(0, &format!("xl save dom{OURS} /tmp/saved"), 170)?;
-    for i in 0..steps.len() {
-        run.good(0, &format!("bgruns transfer{i}"), 20)
-            .context("the transfer ended before the guest was saved")?;
-    }
+    let under_way = (0..steps.len())
+        .try_for_each(|i| run.good(0, &format!("bgruns transfer{i}"), 20).map(|_| ()))
+        .context("the transfer ended before the guest was saved");
     run.good(0, "xl restore /tmp/saved", 170)?;
+    under_way?;
     let away = (run.age() - started).as_secs_f64();
     let features = run
         .machine
