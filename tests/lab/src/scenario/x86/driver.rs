@@ -24,7 +24,7 @@ const GUESTS: [(usize, &str); 3] = [(PVH, "pvh"), (PV, "pv"), (OURS, "guest")];
 const PAIRS: [(usize, usize, &str); 3] =
     [(PVH, PV, "pvh_pv"), (PVH, OURS, "pvh_guest"), (PV, OURS, "pv_guest")];
 /// What has to be the same after a guest was there.
-const HELD: &[&str] = &["grant_mappings", "evtchn_ports_bound", "netback_frames_free"];
+const HELD: &[&str] = &["evtchn_ports_bound", "netback_frames_free"];
 /// What nobody may leave behind.
 const NONE: &[&str] = &["netback_packets_open", "grant_mappings_parked"];
 
@@ -84,13 +84,45 @@ fn pair(run: &mut Run, one: usize, other: usize, figure: &str) {
     exchange(run, one, other, &format!("{}, by {}", called(other), called(one)), figure);
 }
 
-fn metrics(run: &Run, label: &str) -> Result<Metrics> {
-    run.metrics_of(&at(DRIVER), PVH, label)
+/// What the driver domain has of others and of its own.
+struct Holding {
+    metrics: Metrics,
+    /// Pages that our guest has offered to be kept mapped: as many as it has had a use for.
+    offered: f64,
+}
+
+impl Holding {
+    fn now(run: &Run, label: &str) -> Result<Self> {
+        let ours = run.metrics_of(&at(OURS), PVH, &format!("{label}-guest"))?;
+        let offered = ours.need("netfront_static_grants", &[])?;
+        Ok(Self { metrics: run.metrics_of(&at(DRIVER), PVH, label)?, offered })
+    }
+
+    fn mapped(&self) -> Result<f64> {
+        Ok(self.metrics.need("grant_mappings", &[])? - self.offered)
+    }
+
+    /// The other is the same. What that is.
+    fn same(&self, later: &Self) -> Result<String> {
+        let (old, new) = (self.mapped()?, later.mapped()?);
+        ensure!(old == new, "{old} pages were mapped beside those offered, and {new} are");
+        let mut text = vec![format!("{} pages offered, {new} others mapped", later.offered)];
+        for name in HELD {
+            let (old, new) = (self.metrics.need(name, &[])?, later.metrics.need(name, &[])?);
+            ensure!(old == new, "{name} was {old} and is {new}");
+            text.push(format!("{name} {new}"));
+        }
+        for name in NONE {
+            let left = later.metrics.need(name, &[])?;
+            ensure!(left == 0.0, "{name} {left}");
+        }
+        Ok(text.join(", "))
+    }
 }
 
 /// Each guest loses its vif and gets another.
 fn reconnects(run: &mut Run) {
-    let before = metrics(run, "reconnect-before");
+    let before = Holding::now(run, "reconnect-before");
     for (domain, _) in GUESTS {
         let made = again(run, domain, BACKEND);
         let name = format!("{} loses its vif and gets another", called(domain));
@@ -118,12 +150,11 @@ fn comes_up(run: &Run, domain: usize) -> Result<()> {
     connected(run, domain, 60)
 }
 
-/// Counters are back where they were. That takes a moment, so they are looked at a few times.
-fn returned(run: &Run, before: &Metrics, label: &str) -> Result<String> {
+/// Everything is back where it was. That takes a moment, so it is looked at a few times.
+fn returned(run: &Run, before: &Holding, label: &str) -> Result<String> {
     let mut made = Ok(String::new());
     for _ in 0..10 {
-        let after = metrics(run, label)?;
-        made = same(before, &after);
+        made = before.same(&Holding::now(run, label)?);
         if made.is_ok() {
             break;
         }
@@ -132,27 +163,14 @@ fn returned(run: &Run, before: &Metrics, label: &str) -> Result<String> {
     made
 }
 
-fn same(before: &Metrics, after: &Metrics) -> Result<String> {
-    let mut text = Vec::new();
-    for name in HELD {
-        let (old, new) = (before.need(name, &[])?, after.need(name, &[])?);
-        ensure!(old == new, "{name} was {old} and is {new}");
-        text.push(format!("{name} {new}"));
-    }
-    for name in NONE {
-        let left = after.need(name, &[])?;
-        ensure!(left == 0.0, "{name} {left}");
-    }
-    Ok(text.join(", "))
-}
-
 /// A guest is destroyed while it is sent a file; then it starts again.
 fn destroyed_guest(run: &mut Run) {
-    let made = run.good(0, &format!("detach {PV}"), 100).and_then(|_| metrics(run, "without-pv"));
-    let without = made.and_then(|metrics| {
+    let made =
+        run.good(0, &format!("detach {PV}"), 100).and_then(|_| Holding::now(run, "without-pv"));
+    let without = made.and_then(|holding| {
         run.good(0, &format!("attach {PV} {BACKEND}"), 100)?;
         comes_up(run, PV)?;
-        Ok(metrics)
+        Ok(holding)
     });
     let made = without.and_then(|without| {
         run.good(PVH, &format!("bg file sink {} 0.02", at(PV)), 20)?;
