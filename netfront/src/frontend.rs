@@ -99,6 +99,8 @@ pub enum Notice {
     },
     /// Packets no longer flow. What was in flight may have arrived or not.
     Disconnected,
+    /// The backend still uses so many pages of a connection that has ended. They are kept, and asked for again.
+    Parked(usize),
     /// The backend broke the protocol, and is left.
     Faulted(BackendFault),
     /// There can be no connection now.

@@ -50,6 +50,7 @@ fn dies(how: impl Fn(&mut World)) {
         assert!(world.notices.contains(&Notice::Disconnected));
         assert_eq!(world.nic.counters().tx.lost, 5);
         assert_eq!(world.grants(), (0, usize::from(holds)));
+        assert_eq!(world.notices.contains(&Notice::Parked(1)), holds);
         world.assert_unmoved();
         drop(kept);
         world.pass(1_000_000_000);
@@ -63,7 +64,6 @@ fn dies(how: impl Fn(&mut World)) {
 #[test]
 fn hostile_58_the_backend_dies() {
     dies(|world| world.remove(BACK));
-    dies(|world| world.set(&[("state", "6")]));
     dies(|world| world.set(&[("state", "6")]));
     dies(|world| world.set(&[("state", "0")]));
 }

@@ -118,6 +118,7 @@ fn tell(notice: &Notice) {
             log::info!("guest: connected queues={queues} features={features}");
         }
         Notice::Disconnected => log::info!("guest: disconnected"),
+        Notice::Parked(pages) => log::warn!("guest: the backend still uses {pages} pages; kept"),
         Notice::Faulted(fault) => log::error!("guest: the backend is left: {fault}"),
         Notice::Refused(refusal) => log::error!("guest: no connection: {refusal}"),
         Notice::Stalled { queue } => log::warn!("guest: the backend is silent on queue {queue}"),

@@ -348,8 +348,13 @@ impl<H: Hypervisor> Frontend<H> {
 
     /// Takes back what connections that have ended left; what the backend still uses is parked.
     fn forget(&mut self) {
+        let before = self.table.parked();
         self.retired.clear();
         self.retired_control = None;
+        let more = self.table.parked().saturating_sub(before);
+        if more > 0 {
+            self.notices.push(Notice::Parked(more));
+        }
     }
 
     /// As [`forget`](Self::forget), and what is parked is to be looked at again.
