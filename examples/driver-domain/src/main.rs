@@ -17,7 +17,7 @@ use hypercall::{Errno, Instant, Port, Shutdown, VcpuId};
 use netback::datapath::{Arch, Facts, Policy, Uplink};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug};
-use runtime::{BootInfo, Hv, OwnPage, Sleep, StoreRing};
+use runtime::{BootInfo, Hv, OwnPage, Sleep};
 use services::control::{Control, Order};
 use services::http::{self, Reply};
 use services::station::Station;
@@ -32,8 +32,6 @@ runtime::entry!(run);
 
 /// Ports handed out by one look at the event bits.
 const PORTS: usize = 64;
-/// Nanoseconds between two looks for a store that the toolstack has not made yet.
-const LOOK: u64 = 20_000_000;
 /// 4 KiB and 64 KiB packet buffers: 12 MiB.
 const SMALL_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1535);
 const LARGE_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(95);
@@ -69,16 +67,6 @@ fn run(hv: Hv, boot: BootInfo) -> ! {
     }
 }
 
-/// The ring to the store, as soon as there is one: a domain that Xen built itself is running before its toolstack is.
-fn store_ring(hv: &Hv, sleep: &Sleep) -> StoreRing {
-    loop {
-        if let Some(ring) = runtime::store_ring(hv) {
-            return ring;
-        }
-        sleep.until(Some(runtime::now().after(LOOK)));
-    }
-}
-
 impl DriverDomain {
     fn new(hv: Hv, boot: &BootInfo) -> Result<Self, Errno> {
         let addresses = options::addresses(boot.bootargs, |word| {
@@ -88,7 +76,7 @@ impl DriverDomain {
         let binder = upcalls.binder();
         let sleep = Sleep::new(&binder)?;
         let mapper = Mapper::new(&hv);
-        let ring = store_ring(&hv, &sleep);
+        let ring = runtime::store_ring(&hv, &sleep);
         let mut store = Connection::new(&binder, ring.page, ring.port)?;
         let control = Control::new(store.client(), ORDERS);
         let withdrawn = Key::new(store.client(), "driver-domain");

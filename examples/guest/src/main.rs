@@ -13,7 +13,7 @@ use guest::Guest;
 use guest::metrics::Machine;
 use guest::options::Options;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId};
-use runtime::{BootInfo, Hv, OwnPage, Sleep, StoreRing, Suspended};
+use runtime::{BootInfo, Hv, OwnPage, Sleep, Suspended};
 use services::control::{Control, Order};
 use services::store::Connection;
 
@@ -21,8 +21,6 @@ runtime::entry!(run);
 
 /// Ports handed out by one look at the event bits.
 const PORTS: usize = 64;
-/// Nanoseconds between two looks for a store that the toolstack has not made yet.
-const LOOK: u64 = 20_000_000;
 
 /// What the toolstack may order.
 const ORDERS: &[Order] =
@@ -54,16 +52,6 @@ fn run(hv: Hv, boot: BootInfo) -> ! {
     hv.shutdown(Shutdown::Crash)
 }
 
-/// The ring to the store, as soon as there is one: a domain that Xen built itself is running before its toolstack is.
-fn store_ring(hv: &Hv, sleep: &Sleep) -> StoreRing {
-    loop {
-        if let Some(ring) = runtime::store_ring(hv) {
-            return ring;
-        }
-        sleep.until(Some(runtime::now().after(LOOK)));
-    }
-}
-
 impl Domain {
     fn new(hv: Hv, boot: &BootInfo) -> Result<Self, Errno> {
         let features = Features::read(&hv)?;
@@ -77,7 +65,7 @@ impl Domain {
         let binder = upcalls.binder();
         let sleep = Sleep::new(&binder)?;
         let table = GrantTable::new(&hv)?;
-        let ring = store_ring(&hv, &sleep);
+        let ring = runtime::store_ring(&hv, &sleep);
         let mut store = Connection::new(&binder, ring.page, ring.port)?;
         let control = Control::new(store.client(), ORDERS);
         // The counter at start: no secret of the best kind, but neighbours cannot read it from where they are.
@@ -177,7 +165,7 @@ impl Domain {
         let binder = self.upcalls.binder();
         self.sleep = Sleep::new(&binder)?;
         self.table.resumed()?;
-        let ring = store_ring(&self.hv, &self.sleep);
+        let ring = runtime::store_ring(&self.hv, &self.sleep);
         self.store.resumed(&binder, ring.page, ring.port)?;
         self.guest.resumed(self.store.client(), false);
         self.control.resumed(self.store.client());
