@@ -26,6 +26,7 @@ mod rx;
 pub mod stall;
 pub mod switch;
 mod tx;
+pub mod uplink;
 mod vif;
 
 pub use backend::{Backend, Config, SwitchCounters, VifStatus};
