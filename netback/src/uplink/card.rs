@@ -104,6 +104,10 @@ pub trait Card<H: Hypervisor> {
     /// ring that something was queued on.
     fn publish(&mut self);
 
+    /// Whether what the device says makes no sense, or it says itself that it has failed: nothing comes of it until it has been
+    /// [reset](Self::reset).
+    fn is_broken(&self) -> bool;
+
     /// Stops the device, drops everything that it was given, and starts it anew, with the same [`offers`](Self::offers). `false` if
     /// it does not stop: then it may still read and write, and the card keeps all that it has.
     #[must_use]
