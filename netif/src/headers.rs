@@ -227,9 +227,15 @@ fn walk_extensions(frame: &[u8], protocol: u8, offset: usize) -> Option<Next> {
 /// Finds the headers of an IP packet; `None` if the frame is not one, or has not all of it.
 #[must_use]
 pub fn parse(frame: &[u8]) -> Option<Headers> {
-    let network = network(frame)?;
+    parse_first(frame, frame.len())
+}
+
+/// As [`parse`], for a frame of `len` bytes of which only the first are there: those before the transport's payload are enough.
+#[must_use]
+pub fn parse_first(first: &[u8], len: usize) -> Option<Headers> {
+    let network = network(first)?;
     let end = network.offset.checked_add(network.len)?;
-    if end < network.payload || end > frame.len() {
+    if end < network.payload || end > len {
         return None;
     }
     let transport = network.next.filter(|next| !next.is_routed);
@@ -237,13 +243,14 @@ pub fn parse(frame: &[u8]) -> Option<Headers> {
         version: network.version,
         network: network.offset,
         end,
-        transport: transport.and_then(|next| parse_transport(frame, next, end)),
+        transport: transport.and_then(|next| parse_transport(first, next, end)),
     })
 }
 
-fn parse_transport(frame: &[u8], next: Next, end: usize) -> Option<Transport> {
+fn parse_transport(first: &[u8], next: Next, end: usize) -> Option<Transport> {
     let Next { protocol, offset, .. } = next;
-    let packet = frame.get(offset..end)?;
+    let packet = first.get(offset..end.min(first.len()))?;
+    let available = end.checked_sub(offset)?;
     let protocol = Protocol::from_number(protocol)?;
     let (header_len, length) = match protocol {
         Protocol::Tcp => {
@@ -252,12 +259,12 @@ fn parse_transport(frame: &[u8], next: Next, end: usize) -> Option<Transport> {
             if header_len < header.len() {
                 return None;
             }
-            (header_len, packet.len())
+            (header_len, available)
         }
         // What IP has beyond UDP's own length is not UDP's.
         Protocol::Udp => (8, usize::from(be16(packet, 4)?)),
     };
-    if length > packet.len() || header_len > length {
+    if length > available || header_len > length || header_len > packet.len() {
         return None;
     }
     Some(Transport { protocol, offset, payload: offset + header_len, end: offset + length })

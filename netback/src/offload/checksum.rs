@@ -1,5 +1,7 @@
 //! The Internet checksum of TCP and UDP (RFC 1071).
 
+use core::ops::Range;
+
 use netif::offload::IpVersion;
 
 use netif::headers::{self, Headers, Protocol, Transport};
@@ -17,11 +19,11 @@ pub enum Fill {
 /// A one's complement sum of 16-bit words as they are in memory: whichever end comes first, the bytes of the result
 /// come out in the order of the packet (RFC 1071, 2 B). Two sums add up if the first is over an even number of bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub(super) struct Sum(u64);
+pub(crate) struct Sum(u64);
 
 impl Sum {
     /// The sum of this and `bytes`; at the end of an odd number of them a zero is thought.
-    pub(super) fn add(self, bytes: &[u8]) -> Self {
+    pub(crate) fn add(self, bytes: &[u8]) -> Self {
         // Eight bytes at a time. Carries gather in the upper half, which has room for 2^31 steps.
         let (words, tail) = bytes.as_chunks::<8>();
         let sum = words.iter().fold(self.0, |sum, word| {
@@ -42,6 +44,12 @@ impl Sum {
         self.add(&value.to_be_bytes())
     }
 
+    /// The sum of this and of what is behind it, at an odd place or at an even one.
+    pub(crate) fn then(self, behind: Self, at_odd: bool) -> Self {
+        let [first, second] = behind.fold();
+        self.add(&if at_odd { [second, first] } else { [first, second] })
+    }
+
     /// The two bytes of the sum, not inverted.
     pub(super) fn fold(self) -> [u8; 2] {
         let mut sum = self.0;
@@ -53,7 +61,7 @@ impl Sum {
     }
 
     /// The two bytes of the checksum: the sum inverted.
-    pub(super) fn finish(self) -> [u8; 2] {
+    pub(crate) fn finish(self) -> [u8; 2] {
         self.fold().map(|byte| !byte)
     }
 }
@@ -68,12 +76,12 @@ pub(super) fn pseudo(frame: &[u8], headers: &Headers, protocol: Protocol) -> Opt
     Some(Sum::default().add(addresses).add_u32(u32::from(protocol.number())))
 }
 
-/// A frame's transport, all of its bytes' place, and the whole pseudo-header's sum.
-fn locate(frame: &[u8]) -> Option<(Headers, Transport, Sum)> {
-    let headers = headers::parse(frame)?;
+/// The transport of a frame of `len` bytes, and the whole pseudo-header's sum.
+fn locate(first: &[u8], len: usize) -> Option<(Headers, Transport, Sum)> {
+    let headers = headers::parse_first(first, len)?;
     let transport = headers.transport?;
     let length = u32::try_from(transport.len()).ok()?;
-    Some((headers, transport, pseudo(frame, &headers, transport.protocol)?.add_u32(length)))
+    Some((headers, transport, pseudo(first, &headers, transport.protocol)?.add_u32(length)))
 }
 
 fn field(frame: &mut [u8], transport: Transport) -> Option<&mut [u8; 2]> {
@@ -84,17 +92,36 @@ fn field(frame: &mut [u8], transport: Transport) -> Option<&mut [u8; 2]> {
 /// [`headers::parse`] finds no transport.
 #[must_use]
 pub fn complete(frame: &mut [u8]) -> bool {
-    try_complete(frame).is_some()
+    let len = frame.len();
+    complete_first(frame, len, |_| Sum::default())
 }
 
-fn try_complete(frame: &mut [u8]) -> Option<()> {
-    let (_, transport, sum) = locate(frame)?;
-    *field(frame, transport)? = [0; 2];
-    let checksum = sum.add(frame.get(transport.offset..transport.end)?).finish();
-    *field(frame, transport)? = match (transport.protocol, checksum) {
+/// As [`complete`], for a frame of `len` bytes of which `first` are here; `rest` sums up a range of the others.
+#[must_use]
+pub(crate) fn complete_first(
+    first: &mut [u8],
+    len: usize,
+    rest: impl FnOnce(Range<usize>) -> Sum,
+) -> bool {
+    try_complete(first, len, rest).is_some()
+}
+
+fn try_complete(
+    first: &mut [u8],
+    len: usize,
+    rest: impl FnOnce(Range<usize>) -> Sum,
+) -> Option<()> {
+    let (_, transport, sum) = locate(first, len)?;
+    let here = transport.end.min(first.len());
+    *field(first, transport)? = [0; 2];
+    let mut sum = sum.add(first.get(transport.offset..here)?);
+    if here < transport.end {
+        sum = sum.then(rest(here..transport.end), (here - transport.offset) % 2 != 0);
+    }
+    *field(first, transport)? = match (transport.protocol, sum.finish()) {
         // RFC 768: zero would mean that there is none.
         (Protocol::Udp, [0, 0]) => [0xff; 2],
-        _ => checksum,
+        (_, checksum) => checksum,
     };
     Some(())
 }
@@ -103,7 +130,7 @@ fn try_complete(frame: &mut [u8]) -> Option<()> {
 /// [`headers::parse`] finds no transport.
 #[must_use]
 pub fn blank(frame: &mut [u8]) -> bool {
-    locate(frame)
+    locate(frame, frame.len())
         .and_then(|(_, transport, sum)| field(frame, transport).map(|field| *field = sum.fold()))
         .is_some()
 }
@@ -112,7 +139,7 @@ pub fn blank(frame: &mut [u8]) -> bool {
 #[must_use]
 pub fn is_valid(frame: &[u8]) -> bool {
     let verdict = || {
-        let (headers, transport, sum) = locate(frame)?;
+        let (headers, transport, sum) = locate(frame, frame.len())?;
         let packet = frame.get(transport.offset..transport.end)?;
         if transport.protocol == Protocol::Udp && packet.get(6..8)? == [0; 2] {
             return Some(headers.version == IpVersion::V4);
