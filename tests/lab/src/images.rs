@@ -58,8 +58,8 @@ pub struct XlImages {
 
 /// The steps a domain can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!("steps":
-    "abuse" "at" "away" "bg" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "file" "files" "filesum" "flow" "garbage"
-    "get" "job" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "services" "settle" "sha" "sink" "source"
+    "abuse" "at" "away" "bg" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "fetch" "file" "files" "filesum" "flow"
+    "garbage" "get" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "services" "settle" "sha" "sink" "source"
     "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv" "usend"
 );
 
@@ -153,7 +153,8 @@ impl Source {
 
     /// Linux as dom0 of guests that Xen starts.
     fn dom0(&self) -> Result<Tree> {
-        let mut tree = self.toolstack(&["xenstored", "init-dom0less", "xen-init-dom0"])?;
+        let programs = ["xenstored", "init-dom0less", "xen-init-dom0"];
+        let mut tree = self.toolstack(&programs, &["virtio_mmio", "virtio_net"])?;
         let helper = "usr/lib/xen-4.17/bin/init-dom0less";
         let path = self.real(helper).context("no init-dom0less among the packages")?;
         tree.file(helper, repaired(fs::read(path)?)?, true);
@@ -163,13 +164,8 @@ impl Source {
 
     /// Linux as dom0 that starts guests with xl, and the Linux guests.
     fn xl(&self) -> Result<Tree> {
-        let mut tree = self.toolstack(&[
-            "xenstored",
-            "xen-init-dom0",
-            "xenconsoled",
-            "xl",
-            "libxl-save-helper",
-        ])?;
+        let programs = ["xenstored", "xen-init-dom0", "xenconsoled", "xl", "libxl-save-helper"];
+        let mut tree = self.toolstack(&programs, &[])?;
         tree.file("init", include_str!("../guest/xl/init"), true);
         tree.file("lab/relay", include_str!("../guest/xl/relay"), true);
         // The C library loads it by name when a thread is to be cancelled.
@@ -183,9 +179,9 @@ impl Source {
         Ok(tree)
     }
 
-    /// What Linux as dom0 has whoever starts its guests.
-    fn toolstack(&self, programs: &[&str]) -> Result<Tree> {
-        let mut tree = self.common(&[
+    /// What Linux as dom0 has whoever starts its guests; `drivers` are the modules it needs beside Xen's.
+    fn toolstack(&self, programs: &[&str], drivers: &[&str]) -> Result<Tree> {
+        let modules = [
             "xen-netback",
             "bridge",
             "xenfs",
@@ -193,7 +189,8 @@ impl Source {
             "xen-gntdev",
             "xen-gntalloc",
             "xen-privcmd",
-        ])?;
+        ];
+        let mut tree = self.common(&[&modules, drivers].concat())?;
         for name in programs {
             self.program(&mut tree, &format!("usr/lib/xen-4.17/bin/{name}"))?;
         }

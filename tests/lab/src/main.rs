@@ -19,6 +19,8 @@ mod run;
 mod scenario;
 mod toolchain;
 mod ui;
+mod wire;
+mod world;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

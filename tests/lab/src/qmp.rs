@@ -54,6 +54,11 @@ impl Qmp {
         }
     }
 
+    /// Ends an object that QEMU was started with.
+    pub fn delete_object(&mut self, id: &str) -> Result<()> {
+        self.ask(&json!({ "execute": "object-del", "arguments": { "id": id } }))
+    }
+
     /// Writes a piece of the machine's physical memory to a file.
     pub fn save_memory(&mut self, at: u64, size: u64, file: &Path) -> Result<()> {
         self.ask(&json!({

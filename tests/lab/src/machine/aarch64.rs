@@ -20,7 +20,14 @@ pub struct Board<'a> {
     pub dom0: Domain<'a>,
     /// The guests: domain 1 and so on. They have the console of an emulated UART.
     pub guests: Vec<Domain<'a>>,
+    /// Whether dom0 has a NIC, in a network in which QEMU is the router and the host. What goes by it is in [`UPLINK`].
+    pub uplink: bool,
 }
+
+/// The file of the frames that went by dom0's NIC.
+pub const UPLINK: &str = "uplink.pcap";
+/// QEMU's object that writes it.
+pub const DUMP: &str = "dump";
 
 /// A domain.
 pub struct Domain<'a> {
@@ -142,6 +149,16 @@ impl Plan for Board<'_> {
             command
                 .arg("-device")
                 .arg(format!("loader,file={},addr={at:#x},force-raw=on", file.display()));
+        }
+        if self.uplink {
+            // Router advertisements would come into everything else that is measured.
+            command.args(["-netdev", "user,id=uplink,ipv6=off"]);
+            command.args(["-global", "virtio-mmio.force-legacy=false"]);
+            command.args(["-device", "virtio-net-device,netdev=uplink"]);
+            let file = dir.join(UPLINK);
+            command
+                .arg("-object")
+                .arg(format!("filter-dump,id={DUMP},netdev=uplink,file={}", file.display()));
         }
         Ok(command)
     }

@@ -9,7 +9,7 @@ use crate::images::{self, Images};
 use crate::machine::aarch64::{Board, Domain};
 use crate::run::{Run, Tally};
 
-fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
+pub fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
     Board {
         xen: &images.xen,
         dom0: Domain {
@@ -20,6 +20,7 @@ fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
             vcpus: 1,
         },
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
+        uplink: false,
     }
 }
 
@@ -31,17 +32,24 @@ pub fn boot(name: &'static str) -> Result<()> {
 pub fn test(name: &'static str) -> Result<Tally> {
     let images = images::prepare(true)?;
     let mut run = Run::start(name, &plan(&images, ""))?;
-    let made = run.expect(Source::Dom(0), 300, "dom0: ready", |l| {
-        l.text.contains("dom0: ready").then_some(l.text.clone())
-    });
-    let up = run.check("dom0 is up", Source::Dom(0), made);
-    if up && traffic::guests_ready(&mut run, 120) {
-        for domain in 1..=2 {
-            traffic::carrier(&mut run, domain);
-        }
+    if up(&mut run) {
         traffic::files_ready(&mut run);
         traffic::all_pings(&mut run);
         traffic::tcp_all(&mut run);
     }
     run.finish(name)
+}
+
+/// Everybody is there.
+pub fn up(run: &mut Run) -> bool {
+    let made = run.expect(Source::Dom(0), 300, "dom0: ready", |l| {
+        l.text.contains("dom0: ready").then_some(l.text.clone())
+    });
+    let up = run.check("dom0 is up", Source::Dom(0), made) && traffic::guests_ready(run, 120);
+    if up {
+        for domain in 1..=2 {
+            traffic::carrier(run, domain);
+        }
+    }
+    up
 }

@@ -8,6 +8,7 @@ mod store;
 mod traffic;
 mod transfer;
 mod udp;
+mod uplink;
 mod withdraw;
 mod x86;
 
@@ -58,6 +59,13 @@ pub const ALL: &[Scenario] = &[
         by_default: false,
         test: linux::test,
         boot: linux::boot,
+    },
+    Scenario {
+        name: "linux-uplink-aarch64",
+        about: "the same with a NIC, by which the guests reach servers outside, for comparison (on demand)",
+        by_default: false,
+        test: uplink::linux_test,
+        boot: uplink::linux_boot,
     },
     Scenario {
         name: "guest-x86_64",

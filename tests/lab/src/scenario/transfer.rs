@@ -43,7 +43,8 @@ pub struct Rate {
 }
 
 impl Rate {
-    fn of(answer: &Answer) -> Result<Self> {
+    /// From the words of a step that compared the digests.
+    pub fn of(answer: &Answer) -> Result<Self> {
         let sum = answer.value("sum").or(answer.value("got")).context("no SHA-256")?;
         Self::new(answer.number("seconds")?.max(0.01), sum)
     }
@@ -77,7 +78,8 @@ pub fn exchange(run: &mut Run, linux: usize, other: usize, what: &str, figure: &
     }
 }
 
-fn report(run: &mut Run, made: Result<Rate>, domain: usize, name: &str, figure: &str) {
+/// A check and a figure of it.
+pub fn report(run: &mut Run, made: Result<Rate>, domain: usize, name: &str, figure: &str) {
     if let Ok(rate) = &made {
         run.figure(figure, rate.mbit());
     }
