@@ -1,6 +1,5 @@
 //! All vifs of a domain, and the switch that joins them.
 
-use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -17,8 +16,8 @@ use xenbus::client::{Client, Event, JobId, Outcome, WatchId};
 use xenbus::device::{State, parse_u32};
 
 use crate::counters::Counters;
-use crate::datapath::{Datapaths, Facts, Modes, Policy, Withdrawal, possible};
-use crate::dma::{self, DmaRule};
+use crate::datapath::{Datapaths, Facts, Modes, Policy, Ways, Withdrawal, possible};
+use crate::dma::{self, DmaRule, OwnRule};
 use crate::hotplug::{Closed, Hotplug};
 use crate::lent::Table;
 use crate::negotiate::{MAX_QUEUES, Terms};
@@ -27,6 +26,7 @@ use crate::queue::Queue;
 use crate::round::{COPIES, Scratch};
 use crate::switch::{PortId, Seed, Switch, SwitchLimits};
 use crate::vif::{Around, Notice, Vif, VifId};
+use crate::waiting::Waiting;
 
 /// The directory of all vifs, relative to our own.
 const ROOT: &str = "backend/vif";
@@ -36,8 +36,6 @@ pub(crate) const TICK: u64 = 1_000_000_000;
 const BUFFER_WAIT: u64 = 1_000_000;
 /// Pages mapped or unmapped by one hypercall.
 const MAPS: usize = 256;
-/// Packets that may wait for the local stack.
-pub(crate) const LOCAL_PACKETS: usize = 256;
 
 /// How a backend is set up.
 #[derive(Clone, Copy, Debug)]
@@ -86,10 +84,16 @@ pub struct SwitchCounters {
     pub flooded: u64,
     /// Packets for the port they came from.
     pub hairpin: u64,
-    /// Packets that were dropped as the local stack did not take them in time.
+    /// Packets that were dropped as too many waited for the local stack.
     pub local_full: u64,
-    /// Packets of the local stack's that were dropped as there was no buffer to copy them to.
+    /// Packets for the local stack, or of its own, that were dropped as there was no buffer to copy them to.
     pub local_no_buffer: u64,
+    /// Packets that were dropped as too many waited for the uplink.
+    pub uplink_full: u64,
+    /// Packets for the uplink, or from it, that were dropped as there was no buffer to copy them to.
+    pub uplink_no_buffer: u64,
+    /// Packets from the uplink whose source is an address that is not for it to have: a group's, or one of our own.
+    pub uplink_spoofed: u64,
 }
 
 /// The network backend of a domain.
@@ -105,7 +109,7 @@ pub struct Backend<H: Hypervisor> {
     pub(crate) pools: Pools<H>,
     root: WatchId,
     lists: Vec<(JobId, Listing)>,
-    /// A vif's index, plus one, is its port of the switch.
+    /// A vif's index, plus [`PortId::OWN`], is its port of the switch.
     pub(crate) vifs: Vec<Option<Vif<H>>>,
     /// Vifs whose directories are to go.
     closed: Closed,
@@ -114,7 +118,10 @@ pub struct Backend<H: Hypervisor> {
     pub(crate) turn: usize,
     pub(crate) switch: Switch,
     pub(crate) switch_counters: SwitchCounters,
-    pub(crate) local: VecDeque<Packet<H>>,
+    /// For the local stack.
+    pub(crate) local: Waiting<H>,
+    /// For the card.
+    pub(crate) uplink: Waiting<H>,
     pub(crate) table: Table<H>,
     pub(crate) ops: CopyOps,
     pub(crate) map_ops: MapOps<H>,
@@ -168,7 +175,8 @@ impl<H: Hypervisor> Backend<H> {
             vifs: Vec::new(),
             switch: Switch::new(config.switch, config.seed),
             switch_counters: SwitchCounters::default(),
-            local: VecDeque::with_capacity(LOCAL_PACKETS),
+            local: Waiting::new(config.max_vifs),
+            uplink: Waiting::new(config.max_vifs),
             table: Table::new(config.policy.max_lent),
             ops,
             map_ops: MapOps::new(MAPS),
@@ -351,7 +359,7 @@ impl<H: Hypervisor> Backend<H> {
         let connected = self.vifs.iter().flatten().any(|vif| !vif.queues.is_empty());
         let tick = if connected { self.next_tick } else { now.after(TICK) };
         let policy = &self.config.policy;
-        let held = self.local.iter().filter_map(Packet::lent_by);
+        let held = self.local.iter().chain(self.uplink.iter()).filter_map(Packet::lent_by);
         let held = held.map(|(_, since)| since.after(policy.hold)).min();
         let returned = self.table.has_returned().then_some(now);
         let unmap = self.unmap_statics_at.filter(|_| connected);
@@ -392,7 +400,7 @@ impl<H: Hypervisor> Backend<H> {
 
     /// The ways that packets may take now.
     #[must_use]
-    pub fn datapaths(&self) -> Datapaths {
+    pub fn datapaths(&self) -> Ways {
         self.modes.up()
     }
 
@@ -402,10 +410,16 @@ impl<H: Hypervisor> Backend<H> {
         self.modes.switches()
     }
 
-    /// How a device at the local port is made to see packets that are mapped now. `None`: there are none.
+    /// How the card at the uplink is made to see packets that are mapped now. `None`: there are none.
     #[must_use]
     pub fn dma_rule(&self) -> Option<DmaRule> {
         dma::rule(self.features.snapshot().bits(), &self.config.facts)
+    }
+
+    /// How it is made to see what is in memory of our own. `None`: there is no card.
+    #[must_use]
+    pub fn own_rule(&self) -> Option<OwnRule> {
+        dma::own_rule(&self.config.facts)
     }
 
     /// Packets taken from guests that are not answered yet.
@@ -416,10 +430,15 @@ impl<H: Hypervisor> Backend<H> {
 
     /// A packet for the local stack.
     pub fn receive_local(&mut self) -> Option<Packet<H>> {
-        self.local.pop_front()
+        self.local.pop()
     }
 
-    /// An empty packet of `len` bytes for the local stack to fill and send.
+    /// A packet for the card. There are none where [`Facts::uplink`] says that there is no card.
+    pub fn receive_uplink(&mut self) -> Option<Packet<H>> {
+        self.uplink.pop()
+    }
+
+    /// An empty packet of `len` bytes for the local stack or the card to fill and send.
     #[must_use]
     pub fn packet(&self, len: usize, now: Instant) -> Option<Packet<H>> {
         self.pools.packet(len, now)
@@ -433,6 +452,15 @@ impl<H: Hypervisor> Backend<H> {
             return;
         }
         self.route(packet, PortId::LOCAL, now);
+    }
+
+    /// Switches a packet that the card received; otherwise as [`send_local`](Self::send_local).
+    pub fn send_uplink(&mut self, mut packet: Packet<H>, now: Instant) {
+        if !packet.make_whole(&self.pools) {
+            self.switch_counters.uplink_no_buffer += 1;
+            return;
+        }
+        self.route(packet, PortId::UPLINK, now);
     }
 
     /// What has happened since the last call.
@@ -472,14 +500,14 @@ impl<H: Hypervisor> fmt::Debug for Backend<H> {
 }
 
 pub(crate) fn port_of(index: usize) -> PortId {
-    PortId(u16::try_from(index.saturating_add(1)).unwrap_or(u16::MAX))
+    PortId(u16::try_from(index.saturating_add(PortId::OWN.into())).unwrap_or(u16::MAX))
 }
 
 pub(crate) fn vif_at<H: Hypervisor>(
     vifs: &mut [Option<Vif<H>>],
     port: PortId,
 ) -> Option<&mut Vif<H>> {
-    vifs.get_mut(usize::from(port.0).checked_sub(1)?)?.as_mut()
+    vifs.get_mut(usize::from(port.0.checked_sub(PortId::OWN)?))?.as_mut()
 }
 
 /// The vif that a path at or below `backend/vif/F/N` is of.

@@ -6,7 +6,7 @@ use hypercall::{Hypervisor, Instant};
 use netif::mac::MacAddr;
 use netif::slot::TxStatus;
 
-use crate::backend::{Backend, LOCAL_PACKETS, vif_at};
+use crate::backend::{Backend, port_of, vif_at};
 use crate::datapath::{Datapath, Fallback, Target, choose};
 use crate::deliver::{Fit, Taker, fit, takes_as_is};
 use crate::packet::{Packet, Rest};
@@ -73,22 +73,24 @@ impl<H: Hypervisor> Backend<H> {
         if self.switch.learn(MacAddr(src), from, now) == Learned::Refused {
             if let Some(vif) = vif_at(&mut self.vifs, from) {
                 vif.ended.tx_drops.spoofed += 1;
+            } else if from == PortId::UPLINK {
+                self.switch_counters.uplink_spoofed += 1;
             }
             return Plan::Drop;
         }
+        let room = self.table.spare() > self.planned_maps;
         let to = self.switch.lookup(MacAddr(dst), now);
         let target = match to {
             Destination::Port(to) if to == from => {
                 self.switch_counters.hairpin += 1;
                 return Plan::Drop;
             }
-            Destination::Port(PortId::LOCAL) => {
-                Target::Local { room: self.table.spare() > self.planned_maps }
-            }
+            Destination::Port(PortId::LOCAL) => Target::Local { room },
+            Destination::Port(PortId::UPLINK) => Target::Uplink { room },
             Destination::Port(to) => self.target(packet, to),
             Destination::Flood => Target::Many,
         };
-        if from == PortId::LOCAL || packet.path == Datapath::Static {
+        if from.is_own() || packet.path == Datapath::Static {
             return Plan::Forward(to);
         }
         let size = u16::try_from(packet.len()).unwrap_or(u16::MAX);
@@ -142,7 +144,7 @@ impl<H: Hypervisor> Backend<H> {
         if core::mem::take(&mut self.planned_maps) == 0 {
             return;
         }
-        let Self { table, mapper, map_ops, scratch, vifs, features, modes, hv, .. } = self;
+        let Self { table, mapper, map_ops, scratch, vifs, features, hv, .. } = self;
         let requests = staging.iter().filter(|staged| matches!(staged.plan, Plan::Map(..)));
         let requests = requests.filter_map(|staged| match &staged.packet.rest {
             Rest::Taken(token) => Some((table.get(token)?, staged.packet.bytes().len())),
@@ -156,7 +158,9 @@ impl<H: Hypervisor> Backend<H> {
         mapper.map_batch(map_ops, requests, |result| scratch.mapped.push(result));
         // The identity mapping is there if the bit was while Xen mapped. It may have gone since it was last read. Other
         // mappings do not hang on a bit, and are not worth a call.
-        let identity = modes.up().mapping() == Some(Datapath::MapIdentity)
+        let relies =
+            |staged: &Staged<H>| matches!(staged.plan, Plan::Map(_, Datapath::MapIdentity));
+        let identity = staging.iter().any(relies)
             && features
                 .refresh(hv)
                 .is_ok_and(|snapshot| snapshot.has(XenFeatures::GRANT_MAP_IDENTITY));
@@ -275,7 +279,7 @@ impl<H: Hypervisor> Backend<H> {
         }
     }
 
-    /// Sends a packet of the local port's.
+    /// Sends a packet of the local port's, or the uplink's.
     pub(crate) fn route(&mut self, mut packet: Packet<H>, from: PortId, now: Instant) {
         if let Plan::Forward(to) = self.plan(&mut packet, from, now) {
             self.forward(packet, from, to, now);
@@ -294,10 +298,13 @@ impl<H: Hypervisor> Backend<H> {
 
     fn flood(&mut self, packet: Packet<H>, from: PortId, now: Instant) {
         let mut last = None;
-        for to in 0..=self.vifs.len() {
-            let to = PortId(u16::try_from(to).unwrap_or(u16::MAX));
-            let vif = vif_at(&mut self.vifs, to);
-            let open = to == PortId::LOCAL || vif.is_some_and(|vif| !vif.queues.is_empty());
+        let own = [PortId::LOCAL, PortId::UPLINK];
+        for to in own.into_iter().chain((0..self.vifs.len()).map(port_of)) {
+            let open = match to {
+                PortId::LOCAL => true,
+                PortId::UPLINK => self.config.facts.uplink.is_some(),
+                _ => vif_at(&mut self.vifs, to).is_some_and(|vif| !vif.queues.is_empty()),
+            };
             if to == from || !open {
                 continue;
             }
@@ -307,11 +314,12 @@ impl<H: Hypervisor> Backend<H> {
                         self.target(&mut copy, before);
                         self.deliver(copy, from, before, now);
                     }
-                    None => {
-                        if let Some(vif) = vif_at(&mut self.vifs, before) {
-                            vif.ended.rx_drops.no_buffer += 1;
-                        }
-                    }
+                    None => match (before, vif_at(&mut self.vifs, before)) {
+                        (PortId::LOCAL, _) => self.switch_counters.local_no_buffer += 1,
+                        (PortId::UPLINK, _) => self.switch_counters.uplink_no_buffer += 1,
+                        (_, Some(vif)) => vif.ended.rx_drops.no_buffer += 1,
+                        (_, None) => {}
+                    },
                 }
             }
         }
@@ -323,12 +331,14 @@ impl<H: Hypervisor> Backend<H> {
     }
 
     fn deliver(&mut self, packet: Packet<H>, from: PortId, to: PortId, now: Instant) {
-        if to == PortId::LOCAL {
-            if self.local.len() >= LOCAL_PACKETS {
-                self.switch_counters.local_full += 1;
-            } else {
-                self.local.push_back(packet);
-            }
+        if to.is_own() {
+            let Self { local, uplink, switch_counters, .. } = self;
+            let (queue, full) = match to {
+                PortId::LOCAL => (local, &mut switch_counters.local_full),
+                _ => (uplink, &mut switch_counters.uplink_full),
+            };
+            let free = self.pools.free_like(&packet);
+            *full += u64::from(!queue.push(from, packet, free));
             return;
         }
         let Self { vifs, pools, .. } = self;

@@ -115,16 +115,11 @@ pub enum Arch {
     X86,
 }
 
-/// Who takes packets at the switch's local port.
+/// A network card: a device that reads and writes memory by bus address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
-pub enum Uplink {
-    /// Software, by the processor.
-    Stack,
-    /// A device that reads memory by bus address.
-    Nic {
-        /// It sees what the processor has in its caches.
-        coherent: bool,
-    },
+pub struct Nic {
+    /// It sees what the processor has in its caches, and the processor sees what it writes.
+    pub coherent: bool,
 }
 
 /// What Xen's bits do not say.
@@ -138,13 +133,13 @@ pub struct Facts {
     pub cache_flush: bool,
     /// What is mapped is entered in the domain's IOMMU tables (CPUID leaf base+4, EAX bit 2). x86 alone.
     pub iommu_maps: bool,
-    /// Who takes packets at the local port.
-    pub uplink: Uplink,
+    /// The card behind the switch's uplink, if there is one.
+    pub uplink: Option<Nic>,
 }
 
 impl Facts {
     /// Asks Xen what can be asked.
-    pub fn probe(hv: &impl Hypervisor, arch: Arch, iommu_maps: bool, uplink: Uplink) -> Self {
+    pub fn probe(hv: &impl Hypervisor, arch: Arch, iommu_maps: bool, uplink: Option<Nic>) -> Self {
         Self {
             arch,
             grant_copy: !grant::copy_is_missing(hv),
@@ -162,15 +157,15 @@ pub struct Policy {
     pub allowed: Datapaths,
     /// Bytes from which a packet for another guest goes by [`Datapath::Direct`].
     pub direct_from: u16,
-    /// Bytes from which a packet for the local port is mapped.
+    /// Bytes from which a packet for the local port or the uplink is mapped.
     pub map_from: u16,
     /// Nanoseconds that a way must have been possible again before it is taken up again: one that comes and goes
     /// does not make packets change their way each time.
     pub settle: u64,
-    /// Nanoseconds that a mapped packet may wait for the local port before its bytes are copied and the guest gets its
-    /// pages back.
+    /// Nanoseconds that a mapped packet may wait at the local port or the uplink before its bytes are copied and the guest
+    /// gets its pages back.
     pub hold: u64,
-    /// Packets that may be mapped at a time.
+    /// Packets that may be mapped at a time, those among them that the card is sending.
     pub max_lent: u16,
 }
 
@@ -187,26 +182,56 @@ impl Default for Policy {
     }
 }
 
+/// Ways, by where a packet goes: a card has to find what is mapped, a processor does.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Ways {
+    /// To guests, and to the backend domain's own stack.
+    pub local: Datapaths,
+    /// To the uplink; none at all if there is none.
+    pub uplink: Datapaths,
+}
+
+impl Ways {
+    /// Both together.
+    #[must_use]
+    pub fn any(self) -> Datapaths {
+        self.local | self.uplink
+    }
+
+    fn both_mut(&mut self) -> [&mut Datapaths; 2] {
+        [&mut self.local, &mut self.uplink]
+    }
+
+    const fn both(self) -> [Datapaths; 2] {
+        [self.local, self.uplink]
+    }
+}
+
+impl core::ops::BitAnd<Datapaths> for Ways {
+    type Output = Self;
+
+    fn bitand(self, paths: Datapaths) -> Self {
+        Self { local: self.local & paths, uplink: self.uplink & paths }
+    }
+}
+
 /// The ways that are possible at all.
 #[must_use]
-pub fn possible(bits: XenFeatures, facts: &Facts) -> Datapaths {
-    let mut paths = Datapaths::COPY;
-    // Between guests nothing is ever mapped: no bit says whether it may be done.
-    paths.set(Datapaths::DIRECT, facts.grant_copy);
+pub fn possible(bits: XenFeatures, facts: &Facts) -> Ways {
     // Without translation a map takes the address of a page table entry, which is another story.
     let maps = bits.contains(XenFeatures::AUTO_TRANSLATED_PHYSMAP);
-    paths.set(Datapaths::STATIC, maps);
-    if maps {
-        match facts.uplink {
-            Uplink::Stack => paths.insert(Datapaths::MAP),
-            Uplink::Nic { .. } => match dma::rule(bits, facts) {
-                Some(rule) if rule.needs_identity() => paths.insert(Datapaths::MAP_IDENTITY),
-                Some(_) => paths.insert(Datapaths::MAP),
-                None => {}
-            },
-        }
+    let mut local = Datapaths::COPY;
+    local.set(Datapaths::STATIC, maps);
+    let mut uplink = if facts.uplink.is_some() { local } else { Datapaths::empty() };
+    // Between guests nothing is ever mapped: no bit says whether it may be done.
+    local.set(Datapaths::DIRECT, facts.grant_copy);
+    local.set(Datapaths::MAP, maps);
+    match dma::rule(bits, facts) {
+        Some(rule) if rule.needs_identity() => uplink.insert(Datapaths::MAP_IDENTITY),
+        Some(_) => uplink.insert(Datapaths::MAP),
+        None => {}
     }
-    paths
+    Ways { local, uplink }
 }
 
 /// Where a packet goes, as far as its way is concerned.
@@ -222,6 +247,11 @@ pub enum Target {
     /// The local port.
     Local {
         /// One more packet may be mapped.
+        room: bool,
+    },
+    /// The uplink.
+    Uplink {
+        /// Likewise.
         room: bool,
     },
     /// Several ports.
@@ -262,22 +292,24 @@ pub fn first_look(up: Datapaths, policy: &Policy, size: u16, all_static: bool) -
 ///
 /// # Errors
 /// It is to be copied, for this reason. (One that is too small for anything else is not an error: it is copied.)
-pub fn choose(
-    up: Datapaths,
-    policy: &Policy,
-    size: u16,
-    target: Target,
-) -> Result<Datapath, Fallback> {
+pub fn choose(up: Ways, policy: &Policy, size: u16, target: Target) -> Result<Datapath, Fallback> {
+    let (mapping, room) = match target {
+        Target::Local { room } => (up.local.mapping(), room),
+        Target::Uplink { room } => (up.uplink.mapping(), room),
+        Target::Guest { .. } | Target::Many => (None, false),
+    };
     match target {
         Target::Many if size < policy.direct_from.min(policy.map_from) => Ok(Datapath::Copy),
         Target::Many => Err(Fallback::Many),
         Target::Guest { .. } if size < policy.direct_from => Ok(Datapath::Copy),
-        Target::Guest { .. } if !up.contains(Datapaths::DIRECT) => Err(Fallback::Withdrawn),
+        Target::Guest { .. } if !up.local.contains(Datapaths::DIRECT) => Err(Fallback::Withdrawn),
         Target::Guest { as_is: false, .. } => Err(Fallback::Changed),
         Target::Guest { ready: false, .. } => Err(Fallback::NotReady),
         Target::Guest { .. } => Ok(Datapath::Direct),
-        Target::Local { .. } if size < policy.map_from => Ok(Datapath::Copy),
-        Target::Local { room } => match up.mapping() {
+        Target::Local { .. } | Target::Uplink { .. } if size < policy.map_from => {
+            Ok(Datapath::Copy)
+        }
+        Target::Local { .. } | Target::Uplink { .. } => match mapping {
             None => Err(Fallback::Withdrawn),
             Some(_) if !room => Err(Fallback::NoRoom),
             Some(path) => Ok(path),
@@ -336,9 +368,9 @@ fn feature(word: &str) -> Option<XenFeatures> {
 /// The ways that are in use now. A way that goes is gone at once; one that comes back has to stay for a while first.
 #[derive(Clone, Debug)]
 pub struct Modes {
-    up: Datapaths,
+    up: Ways,
     /// When each way became possible again that is not yet up.
-    since: [Option<Instant>; Datapath::ALL.len()],
+    since: [[Option<Instant>; Datapath::ALL.len()]; 2],
     /// Times that `up` changed.
     switches: u64,
 }
@@ -346,13 +378,13 @@ pub struct Modes {
 impl Modes {
     /// What is possible at the start is up at once.
     #[must_use]
-    pub const fn new(wanted: Datapaths) -> Self {
-        Self { up: wanted, since: [None; Datapath::ALL.len()], switches: 0 }
+    pub const fn new(wanted: Ways) -> Self {
+        Self { up: wanted, since: [[None; Datapath::ALL.len()]; 2], switches: 0 }
     }
 
     /// Ways that may be taken by new packets.
     #[must_use]
-    pub const fn up(&self) -> Datapaths {
+    pub const fn up(&self) -> Ways {
         self.up
     }
 
@@ -363,18 +395,24 @@ impl Modes {
     }
 
     /// Takes account of what may be used from now on.
-    pub fn update(&mut self, wanted: Datapaths, policy: &Policy, now: Instant) {
-        let mut up = self.up & wanted;
-        for (path, since) in Datapath::ALL.into_iter().zip(&mut self.since) {
-            if !wanted.contains(path.only()) || self.up.contains(path.only()) {
-                *since = None;
-            } else if now >= since.get_or_insert(now).after(policy.settle) {
-                *since = None;
-                up |= path.only();
+    pub fn update(&mut self, wanted: Ways, policy: &Policy, now: Instant) {
+        let mut next = self.up;
+        for ((up, wanted), since) in
+            next.both_mut().into_iter().zip(wanted.both()).zip(&mut self.since)
+        {
+            let was = *up;
+            *up &= wanted;
+            for (path, since) in Datapath::ALL.into_iter().zip(since) {
+                if !wanted.contains(path.only()) || was.contains(path.only()) {
+                    *since = None;
+                } else if now >= since.get_or_insert(now).after(policy.settle) {
+                    *since = None;
+                    *up |= path.only();
+                }
             }
         }
-        if up != self.up {
-            self.up = up;
+        if next != self.up {
+            self.up = next;
             self.switches += 1;
         }
     }
@@ -382,7 +420,7 @@ impl Modes {
     /// When [`update`](Self::update) will have something to do though nothing changes.
     #[must_use]
     pub fn deadline(&self, policy: &Policy) -> Option<Instant> {
-        self.since.iter().flatten().map(|since| since.after(policy.settle)).min()
+        self.since.iter().flatten().flatten().map(|since| since.after(policy.settle)).min()
     }
 }
 

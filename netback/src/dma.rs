@@ -1,4 +1,4 @@
-//! What a device that reads memory by bus address may be told of a page that a guest granted.
+//! What a device that reads memory by bus address may be told of a page that a guest granted, and of our own.
 //!
 //! In 2014 Linux's netback went over to mapping and broke Arm dom0s whose network cards do DMA: the address that the card
 //! was given, or the one by which the cache was cleaned, was not that of the page. Here an address exists only if a rule gives one
@@ -7,9 +7,9 @@
 use features::XenFeatures;
 use grant::Mapping;
 use hypercall::abi::{CacheFlush, GNTTAB_CACHE_CLEAN};
-use hypercall::{BusAddr, Errno, Hypervisor, PAGE_SIZE};
+use hypercall::{BusAddr, Errno, Gfn, Hypervisor, PAGE_SIZE};
 
-use crate::datapath::{Arch, Facts, Uplink};
+use crate::datapath::{Arch, Facts, Nic};
 
 /// Which address of a mapped page a device is to be given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -20,7 +20,8 @@ enum Address {
     Mapped,
 }
 
-/// What is to be done before a device reads a page.
+/// What is to be done before a device reads a page. What is the processor's business is the card's driver's to do: it alone
+/// knows the moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Maintenance {
     /// Nothing.
@@ -30,6 +31,9 @@ pub enum Maintenance {
     /// The processor's own instructions, on the identity mapping: at the guest-physical address that equals the machine
     /// address.
     Identity,
+    /// The processor's own instructions, at the guest-physical address of memory of our own, which equals the one on the bus.
+    /// Where the device writes, the lines are to be discarded before it is given the buffer, and again before it is read.
+    Own,
 }
 
 /// How a device is made to see a page that is mapped.
@@ -57,10 +61,10 @@ fn direct_mapped(bits: XenFeatures, arch: Arch) -> bool {
     !says && arch == Arch::Arm && bits.contains(XenFeatures::DOM0)
 }
 
-/// How the device at the local port can be made to see what a guest granted; `None` if it cannot, or is none.
+/// How the card at the uplink can be made to see what a guest granted; `None` if it cannot, or there is none.
 #[must_use]
 pub fn rule(bits: XenFeatures, facts: &Facts) -> Option<DmaRule> {
-    let Uplink::Nic { coherent } = facts.uplink else { return None };
+    let Nic { coherent } = facts.uplink?;
     if !bits.contains(XenFeatures::AUTO_TRANSLATED_PHYSMAP) {
         return None;
     }
@@ -82,6 +86,22 @@ pub fn rule(bits: XenFeatures, facts: &Facts) -> Option<DmaRule> {
         return None;
     };
     Some(DmaRule { address, maintenance })
+}
+
+/// How a card is made to see memory of our own, and we what it wrote there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub struct OwnRule {
+    maintenance: Maintenance,
+}
+
+/// How the card at the uplink is made to see memory of our own; `None` if there is no card. This hangs on no feature bit: Xen
+/// gives a device to a domain that is direct-mapped, whose frames have the machine's numbers, or behind an IOMMU, which takes
+/// those that the domain knows.
+#[must_use]
+pub fn own_rule(facts: &Facts) -> Option<OwnRule> {
+    let Nic { coherent } = facts.uplink?;
+    let seen = coherent || facts.arch == Arch::X86;
+    Some(OwnRule { maintenance: if seen { Maintenance::None } else { Maintenance::Own } })
 }
 
 /// An address at which a device finds the bytes that it is meant to find.
@@ -121,6 +141,20 @@ impl DmaPiece {
         };
         let address = DmaAddress(BusAddr(start.0.checked_add(offset.into())?));
         Some(Self { address, len, maintenance: rule.maintenance })
+    }
+
+    /// Of our own memory, from the start of a frame.
+    pub(crate) fn own(rule: OwnRule, frame: Gfn, len: u16) -> Self {
+        let address = DmaAddress(BusAddr(frame.address()));
+        Self { address, len, maintenance: rule.maintenance }
+    }
+
+    /// So many of its bytes, behind the first `skip`; `None` if it has not as many.
+    #[must_use]
+    pub fn part(self, skip: u16, len: u16) -> Option<Self> {
+        let end = skip.checked_add(len)?;
+        let start = self.address.0.0.checked_add(skip.into())?;
+        (end <= self.len).then_some(Self { address: DmaAddress(BusAddr(start)), len, ..self })
     }
 }
 

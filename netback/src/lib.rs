@@ -28,6 +28,7 @@ pub mod switch;
 mod tx;
 pub mod uplink;
 mod vif;
+mod waiting;
 
 pub use backend::{Backend, Config, SwitchCounters, VifStatus};
 pub use fault::{Refusal, VifFault};

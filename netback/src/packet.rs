@@ -4,13 +4,13 @@ use core::fmt;
 use core::num::NonZeroUsize;
 
 use grant::{Frame, FramePool, SharedMemory, SpanMut};
-use hypercall::{Hypervisor, Instant, PAGE_SIZE};
+use hypercall::{Gfn, Hypervisor, Instant, PAGE_SIZE};
 use netif::offload::{Checksum, Gso};
 use netif::tx::PacketHash;
 
 use crate::datapath::Datapath;
-use crate::dma::{DmaPiece, DmaRule};
-use crate::lent::{Loan, Origin, Token};
+use crate::dma::{DmaPiece, DmaRule, OwnRule};
+use crate::lent::{LentPage, Loan, Origin, Token};
 
 /// Pages in a large buffer: the largest packet the protocol can describe, 65,535 bytes.
 const LARGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(15);
@@ -145,7 +145,8 @@ impl<H: Hypervisor> Packet<H> {
     }
 
     /// Copies what is mapped into memory of ours, and gives the pages back; `false`, and nothing changed, if no buffer is
-    /// free, or if this is not a packet that [`Backend::receive_local`](crate::Backend::receive_local) gave.
+    /// free, or if this is not a packet that [`Backend::receive_local`](crate::Backend::receive_local) or
+    /// [`receive_uplink`](crate::Backend::receive_uplink) gave.
     pub fn make_whole(&mut self, pools: &Pools<H>) -> bool {
         if self.is_whole() {
             return true;
@@ -153,16 +154,30 @@ impl<H: Hypervisor> Packet<H> {
         if !self.is_lent() {
             return false;
         }
-        let Some(mut at) = self.grow(pools) else { return false };
+        let Some(at) = self.grow(pools) else { return false };
         let Rest::Lent(loan) = &self.rest else { return false };
-        for lent in loan.pages() {
-            let end = at + usize::from(lent.len);
-            let Some(to) = self.frame.bytes_mut().get_mut(at..end) else { return false };
-            lent.page.read_bytes(lent.offset.into(), to);
-            at = end;
+        let Some(to) = self.frame.bytes_mut().get_mut(at..self.len) else { return false };
+        if !read_lent(loan.pages(), 0, to) {
+            return false;
         }
         self.is_filled();
         true
+    }
+
+    /// Reads its bytes from `at` on, wherever they are; `false`, and `to` holds anything, if it has not as many or nobody may
+    /// look at them. What is [mapped](Self::is_lent) its sender can change between two readings.
+    #[must_use]
+    pub fn read(&self, at: usize, to: &mut [u8]) -> bool {
+        let private = self.bytes().get(at..).unwrap_or_default();
+        let (first, rest) = to.split_at_mut(private.len().min(to.len()));
+        for (to, from) in first.iter_mut().zip(private) {
+            *to = *from;
+        }
+        match &self.rest {
+            _ if rest.is_empty() => true,
+            Rest::Lent(loan) => read_lent(loan.pages(), at.saturating_sub(self.private), rest),
+            Rest::None | Rest::Taken(_) => false,
+        }
     }
 
     /// The mapped part, for a device that reads by bus address; it follows the [private](Self::bytes) bytes. Of a packet
@@ -176,6 +191,18 @@ impl<H: Hypervisor> Packet<H> {
         let holds = !rule.needs_identity() || self.path == Datapath::MapIdentity;
         let rule = holds.then_some(rule);
         pages.iter().map(move |lent| DmaPiece::of(rule?, &lent.page, lent.offset, lent.len))
+    }
+
+    /// The [private](Self::bytes) part, for a device that reads or writes by bus address, a page at a time. `None` for a page
+    /// that is not within reach of any address.
+    pub fn dma_own(&self, rule: OwnRule) -> impl Iterator<Item = Option<DmaPiece>> {
+        let Gfn(first) = self.frame.gfn();
+        (0..self.private.div_ceil(PAGE_SIZE)).map(move |index| {
+            let left = self.private.checked_sub(index.checked_mul(PAGE_SIZE)?)?;
+            let len = u16::try_from(left.min(PAGE_SIZE)).ok()?;
+            let frame = first.checked_add(u64::try_from(index).ok()?)?;
+            Some(DmaPiece::own(rule, Gfn(frame), len))
+        })
     }
 
     /// Who lent it pages, and when.
@@ -209,6 +236,19 @@ impl<H: Hypervisor> fmt::Debug for Packet<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Packet({} bytes, {:?}, {:?})", self.len, self.checksum, self.gso)
     }
+}
+
+/// Reads bytes of mapped pages, behind the first `skip`; `false` if there are not as many.
+fn read_lent<H: Hypervisor>(pages: &[LentPage<H>], mut skip: usize, mut to: &mut [u8]) -> bool {
+    for lent in pages {
+        let len = usize::from(lent.len);
+        let passed = skip.min(len);
+        skip -= passed;
+        let (part, rest) = to.split_at_mut((len - passed).min(to.len()));
+        lent.page.read_bytes(usize::from(lent.offset) + passed, part);
+        to = rest;
+    }
+    to.is_empty()
 }
 
 /// The buffers that all packets live in. Fixed in number: when all are out, senders wait.

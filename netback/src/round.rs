@@ -111,12 +111,12 @@ impl<H: Hypervisor> Backend<H> {
     fn update_modes(&mut self, now: Instant) {
         let bits = self.features.snapshot().bits();
         let policy = &self.config.policy;
-        let wanted = possible(bits, &self.config.facts) & policy.allowed;
-        self.modes.update(wanted - self.withdrawn, policy, now);
+        let allowed = policy.allowed - self.withdrawn;
+        self.modes.update(possible(bits, &self.config.facts) & allowed, policy, now);
     }
 
     fn serve_controls(&mut self, tick: bool, now: Instant) {
-        let keeps = self.modes.up().contains(Datapaths::STATIC);
+        let keeps = self.modes.up().any().contains(Datapaths::STATIC);
         let leaves = !keeps && self.unmap_statics_at.is_some_and(|at| at <= now);
         self.unmap_statics_at = match self.unmap_statics_at {
             _ if keeps => None,
@@ -151,7 +151,7 @@ impl<H: Hypervisor> Backend<H> {
                 vif.found = vif.found.or(queue.rx.gather(table, now, &mut room).err());
             }
         }
-        let (up, policy, openings) = (modes.up(), &config.policy, table.room());
+        let (up, policy, openings) = (modes.up().any(), &config.policy, table.room());
         let mut take = Take { pools, up, policy, room, openings, now };
         // Each round another vif is the first, should there not be room for all.
         *turn = turn.checked_add(1).filter(|turn| *turn < vifs.len()).unwrap_or(0);
@@ -173,7 +173,7 @@ impl<H: Hypervisor> Backend<H> {
     /// Does all copies in one hypercall, and settles what they were for.
     fn copy(&mut self, now: Instant) {
         let Self { hv, ops, vifs, table, modes, scratch, .. } = self;
-        let up = modes.up();
+        let up = modes.up().any();
         let mut copies = ops.begin();
         for vif in vifs.iter_mut().flatten().filter(|vif| vif.found.is_none()) {
             let Vif { queues, control, found, .. } = vif;
@@ -253,10 +253,10 @@ impl<H: Hypervisor> Backend<H> {
         copies.submit(&self.hv).is_ok_and(|results| results.of(range).is_ok())
     }
 
-    /// Copies what has waited for the local port too long, or whose vif is to go, so that its guest has its pages back.
+    /// Copies what has waited at the local port or the uplink too long, or whose vif is to go, so that its guest has its pages back.
     pub(crate) fn recall(&mut self, now: Instant) {
-        let Self { local, vifs, pools, config, .. } = self;
-        local.retain_mut(|packet| {
+        let Self { local, uplink, vifs, pools, config, .. } = self;
+        let mut keep = |packet: &mut Packet<H>| {
             let Some((origin, since)) = packet.lent_by() else { return true };
             let vif = vif_at(vifs, origin.port);
             let leaves = vif.as_ref().is_none_or(|vif| vif.queues.is_empty());
@@ -269,7 +269,9 @@ impl<H: Hypervisor> Backend<H> {
                 vif.ended.tx_drops.no_buffer += u64::from(!kept);
             }
             kept
-        });
+        };
+        local.retain(&mut keep);
+        uplink.retain(keep);
     }
 
     /// Unmaps what is no longer read, and answers for it and for what could not be delivered.

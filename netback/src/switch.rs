@@ -10,15 +10,23 @@ use hashbrown::HashTable;
 use hypercall::Instant;
 use netif::mac::MacAddr;
 
-/// A port of the switch: a vif, or the local stack. Ports are numbered densely, since each number up to the greatest
-/// takes a few bytes.
+/// A port of the switch: a vif, or one of the backend domain's own. Ports are numbered densely, since each number up to the
+/// greatest takes a few bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[repr(transparent)]
 pub struct PortId(pub u16);
 
 impl PortId {
-    /// The backend domain's own stack, or its uplink; vifs are numbered from 1.
+    /// The backend domain's own stack.
     pub const LOCAL: Self = Self(0);
+    /// Its network card, and whoever is behind that.
+    pub const UPLINK: Self = Self(1);
+    /// Ports that are no vif's; vifs are numbered from here.
+    pub(crate) const OWN: u16 = 2;
+
+    pub(crate) const fn is_own(self) -> bool {
+        self.0 < Self::OWN
+    }
 }
 
 /// Where a frame goes.
@@ -136,8 +144,9 @@ struct Node {
 }
 
 impl Node {
-    const fn is_aged(&self, now: Instant) -> bool {
-        now.since(self.heard) > MAX_AGE
+    /// What the local port has stays its own however long it is silent.
+    fn is_aged(&self, now: Instant) -> bool {
+        self.port != PortId::LOCAL && now.since(self.heard) > MAX_AGE
     }
 }
 
@@ -246,8 +255,8 @@ impl Switch {
 
     /// Takes note that a frame with source address `src` came in by `port`.
     ///
-    /// A port that has all it may have loses its own longest unheard address. What the local port has, no vif can take
-    /// while it is fresh.
+    /// A port that has all it may have loses its own longest unheard address. What the local port has, no other can take,
+    /// the uplink as little as a vif.
     pub fn learn(&mut self, src: MacAddr, port: PortId, now: Instant) -> Learned {
         if !src.is_station() || (src == MacAddr::BACKEND && port != PortId::LOCAL) {
             return Learned::Refused;
@@ -279,7 +288,8 @@ impl Switch {
         if self.insert(src, port, now) { Learned::New } else { Learned::Full }
     }
 
-    /// Where a frame for `dst` goes: to one port if the address was heard there within [`MAX_AGE`], else everywhere.
+    /// Where a frame for `dst` goes: to one port if the address was heard there within [`MAX_AGE`], or ever on the local one,
+    /// else everywhere.
     #[must_use]
     pub fn lookup(&self, dst: MacAddr, now: Instant) -> Destination {
         if dst.is_multicast() {
@@ -301,8 +311,24 @@ impl Switch {
     /// Forgets the addresses that were last heard more than [`MAX_AGE`] ago. Nothing depends on this being called: aged
     /// addresses are never answered with, and are the first to go.
     pub fn expire(&mut self, now: Instant) {
+        self.pass_over_local();
         while self.nodes.get(usize::from(self.all.first)).is_some_and(|node| node.is_aged(now)) {
             self.remove(self.all.first);
+            self.pass_over_local();
+        }
+    }
+
+    /// Puts the local port's addresses, which do not age, behind those that may have.
+    fn pass_over_local(&mut self) {
+        let local = self.ports.first().map_or(0, |list| list.len);
+        for _ in 0..local {
+            let first = self.all.first;
+            match self.nodes.get(usize::from(first)) {
+                Some(node) if node.port == PortId::LOCAL => {
+                    self.all.touch(&mut self.nodes, first, Order::All);
+                }
+                Some(_) | None => break,
+            }
         }
     }
 
@@ -324,6 +350,7 @@ impl Switch {
         }
         let have = self.ports.get(usize::from(port.0)).map_or(0, |list| list.len);
         if have >= self.limits.per_port || self.all.len >= self.limits.total {
+            self.pass_over_local();
             let aged =
                 self.nodes.get(usize::from(self.all.first)).is_some_and(|node| node.is_aged(now));
             let going = match aged && have < self.limits.per_port {

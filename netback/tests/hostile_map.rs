@@ -406,9 +406,9 @@ fn hostile_87_restored_and_withdrawn_again_and_again() {
     let now = scene.machine.now;
     assert!(scene.machine.backend.deadline(now) <= now.after(100 * MS), "it looks again by itself");
     scene.machine.pass(90 * MS);
-    assert!(!scene.machine.backend.datapaths().contains(Datapaths::MAP));
+    assert!(!scene.machine.backend.datapaths().local.contains(Datapaths::MAP));
     scene.machine.pass(10 * MS);
-    assert!(scene.machine.backend.datapaths().contains(Datapaths::MAP));
+    assert!(scene.machine.backend.datapaths().local.contains(Datapaths::MAP));
     assert_eq!(scene.machine.backend.switches(), switches + 2);
     drop(scene.send(999));
     scene.assert_over();
@@ -442,7 +442,7 @@ fn hostile_88_there_is_no_operation_to_copy() {
     let (ok, bad) = (TxStatus::OKAY, TxStatus::ERROR);
     assert_eq!(statuses, [(0, ok), (1, bad), (2, ok)]);
     assert_eq!(machine.hv.hypercalls().calls(Kind::Copy), 0);
-    assert!(!machine.backend.datapaths().contains(Datapaths::DIRECT));
+    assert!(!machine.backend.datapaths().local.contains(Datapaths::DIRECT));
     machine.take_notices(guest);
     machine.assert_unnoticed(&[guest]);
     machine.set_state(guest, "6");

@@ -22,7 +22,7 @@ use evtchn::{Channel, Eoi, Upcalls, Work};
 use features::Features;
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
-use netback::datapath::{Arch, Facts, Policy, Uplink};
+use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug};
 use runtime::{BootInfo, Hv, Sleep};
@@ -104,7 +104,7 @@ impl Dom0 {
             switch: SwitchLimits::default(),
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
             seed: Seed(now.0.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15, now.0),
-            facts: Facts::probe(&hv, Arch::Arm, false, Uplink::Stack),
+            facts: Facts::probe(&hv, Arch::Arm, false, None),
             policy: Policy::default(),
         };
         let mut backend =

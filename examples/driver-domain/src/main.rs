@@ -14,7 +14,7 @@ use core::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId};
-use netback::datapath::{Arch, Facts, Policy, Uplink};
+use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug};
 use runtime::{BootInfo, Hv, OwnPage, Sleep};
@@ -90,7 +90,7 @@ impl DriverDomain {
             switch: SwitchLimits::default(),
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
             seed: Seed(now.0.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15, now.0),
-            facts: Facts::probe(&hv, ARCH, false, Uplink::Stack),
+            facts: Facts::probe(&hv, ARCH, false, None),
             policy: Policy::default(),
         };
         let mut backend = Backend::new(&hv, binder, mapper.clone(), store.client(), config)?;

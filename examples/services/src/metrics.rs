@@ -5,7 +5,7 @@ use core::fmt;
 use grant::Mapper;
 use hypercall::Hypervisor;
 use netback::counters::{Direction, Drops, PathCounters};
-use netback::datapath::Datapath;
+use netback::datapath::{Datapath, Ways};
 use netback::{Backend, VifStatus};
 
 use crate::exposition::Page;
@@ -39,6 +39,10 @@ pub fn write<H: Hypervisor>(page: &mut Page, sources: &Sources<'_, H>) {
         ("switch_flooded_total", switch.flooded),
         ("switch_hairpin_total", switch.hairpin),
         ("switch_local_full_total", switch.local_full),
+        ("switch_local_no_buffer_total", switch.local_no_buffer),
+        ("switch_uplink_full_total", switch.uplink_full),
+        ("switch_uplink_no_buffer_total", switch.uplink_no_buffer),
+        ("switch_uplink_spoofed_total", switch.uplink_spoofed),
         ("stack_lost_total", lost),
     ] {
         page.counter(name, "Packets without a single port, or without room.", value);
@@ -108,11 +112,14 @@ fn paths<H: Hypervisor>(page: &mut Page, backend: &Backend<H>) {
             page.sample(name, format_args!("{},reason=\"{reason}\"", Label(&vif)), count);
         }
     }
-    let name = "netback_path_up";
-    page.family(name, "gauge", "Whether new packets may take a datapath.");
-    for path in Datapath::ALL {
-        let up = u8::from(backend.datapaths().contains(path.only()));
-        page.sample(name, format_args!("path=\"{path}\""), up);
+    let Ways { local, uplink } = backend.datapaths();
+    let help = "Whether new packets may take a datapath.";
+    for (name, ways) in [("netback_path_up", local), ("netback_uplink_path_up", uplink)] {
+        page.family(name, "gauge", help);
+        for path in Datapath::ALL {
+            let up = u8::from(ways.contains(path.only()));
+            page.sample(name, format_args!("path=\"{path}\""), up);
+        }
     }
     let help = "Times that the datapaths in use have changed.";
     page.counter("netback_switches_total", help, backend.switches());

@@ -6,6 +6,7 @@ use core::fmt::{self, Write as _};
 
 use hypercall::Hypervisor;
 use netback::Backend;
+use netback::datapath::Ways;
 
 /// A line per vif; then a line per vif, direction and datapath that packets have taken, tx being from the guest; then the
 /// datapaths that packets may take now.
@@ -59,5 +60,10 @@ fn write_all<H: Hypervisor>(text: &mut String, backend: &Backend<H>) -> fmt::Res
             }
         }
     }
-    writeln!(text, "in use: {}; changed {} times", backend.datapaths(), backend.switches())
+    let Ways { local, uplink } = backend.datapaths();
+    write!(text, "in use: {local}")?;
+    if !uplink.is_empty() {
+        write!(text, "; to the uplink: {uplink}")?;
+    }
+    writeln!(text, "; changed {} times", backend.switches())
 }

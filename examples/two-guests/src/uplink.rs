@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use features::XenFeatures;
 use hypercall::Instant;
-use netback::datapath::{self, Arch, Facts};
+use netback::datapath::{Arch, Facts, Nic};
 use netback::dma::{self, DmaPiece, DmaRule, Maintenance};
 use netback::{Backend, Packet};
 use netfront::Meta;
@@ -30,7 +30,7 @@ struct Descriptor {
     pieces: Vec<DmaPiece>,
 }
 
-/// A network card and its driver: packets of the switch's local port go out, what comes in goes to the switch. What guests
+/// A network card and its driver: packets of the switch's uplink go out, what comes in goes to the switch. What guests
 /// lent, the card reads by itself, by bus address.
 #[derive(Debug)]
 pub struct Uplink {
@@ -85,7 +85,7 @@ impl Misrule {
             grant_copy: true,
             cache_flush: false,
             iommu_maps: true,
-            uplink: datapath::Uplink::Nic { coherent: true },
+            uplink: Some(Nic { coherent: true }),
         };
         dma::rule(bits, &facts)
     }
@@ -143,7 +143,7 @@ impl Uplink {
         let mut some = false;
         while !self.driver_held
             && self.sending.len() < RING
-            && let Some(packet) = self.waiting.take().or_else(|| backend.receive_local())
+            && let Some(packet) = self.waiting.take().or_else(|| backend.receive_uplink())
         {
             match self.describe(packet, backend) {
                 Ok(descriptor) => self.sending.push_back(descriptor),
@@ -161,7 +161,7 @@ impl Uplink {
             };
             packet.bytes_mut().copy_from_slice(&frame);
             packet.checksum = Checksum::Unverified;
-            backend.send_local(packet, now);
+            backend.send_uplink(packet, now);
             self.spare.push(frame);
             some = true;
         }

@@ -395,6 +395,8 @@ impl World {
         some |= self.uplink.drive(backend, now);
         some |= backend.poll(client, now, |_| {});
         some |= self.uplink.drive(backend, now);
+        // The domain has no stack of its own: what was for everybody ends here.
+        while backend.receive_local().is_some() {}
         for notice in backend.take_notices() {
             some = true;
             match &notice {

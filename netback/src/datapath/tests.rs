@@ -9,8 +9,8 @@ const BITS: [XenFeatures; 5] = [
     XenFeatures::DIRECT_MAPPED,
 ];
 
-const UPLINKS: [Uplink; 3] =
-    [Uplink::Stack, Uplink::Nic { coherent: true }, Uplink::Nic { coherent: false }];
+const UPLINKS: [Option<Nic>; 3] =
+    [None, Some(Nic { coherent: true }), Some(Nic { coherent: false })];
 
 /// Every combination of bits and facts: 2^5 x 2 x 2 x 2 x 2 x 3.
 fn table() -> impl Iterator<Item = (XenFeatures, Facts)> {
@@ -38,25 +38,27 @@ fn what_is_possible_over_the_whole_table() {
     let mut seen = 0;
     for (bits, facts) in table() {
         seen += 1;
-        let paths = possible(bits, &facts);
+        let Ways { local, uplink } = possible(bits, &facts);
         let has = |bit| bits.contains(bit);
         let translated = has(XenFeatures::AUTO_TRANSLATED_PHYSMAP);
         let arm = facts.arch == Arch::Arm;
         // The sentences of the design, one by one.
-        assert!(paths.contains(Datapaths::COPY));
-        assert_eq!(paths.contains(Datapaths::DIRECT), facts.grant_copy);
-        assert_eq!(paths.contains(Datapaths::STATIC), translated);
-        assert!(
-            !paths.contains(Datapaths::MAP | Datapaths::MAP_IDENTITY),
-            "one way to map is enough"
-        );
-        let maps = paths.mapping().is_some();
-        assert!(translated || !maps, "{bits:?} {facts:?}");
-        let Uplink::Nic { coherent } = facts.uplink else {
-            assert_eq!(maps, translated);
-            assert!(!paths.contains(Datapaths::MAP_IDENTITY), "a processor needs no alias");
+        assert!(local.contains(Datapaths::COPY));
+        assert_eq!(local.contains(Datapaths::DIRECT), facts.grant_copy);
+        assert_eq!(local.contains(Datapaths::STATIC), translated);
+        assert_eq!(local.contains(Datapaths::MAP), translated);
+        assert!(!local.contains(Datapaths::MAP_IDENTITY), "a processor needs no alias");
+        let Some(Nic { coherent }) = facts.uplink else {
+            assert!(uplink.is_empty());
             continue;
         };
+        assert!(uplink.contains(Datapaths::COPY) && !uplink.contains(Datapaths::DIRECT));
+        assert_eq!(uplink.contains(Datapaths::STATIC), translated);
+        assert!(
+            !uplink.contains(Datapaths::MAP | Datapaths::MAP_IDENTITY),
+            "one way to map is enough"
+        );
+        let maps = uplink.mapping().is_some();
         let neither = !bits.intersects(XenFeatures::DIRECT_MAPPED | XenFeatures::NOT_DIRECT_MAPPED);
         let direct = has(XenFeatures::DIRECT_MAPPED) || (neither && arm && has(XenFeatures::DOM0));
         let addressable = direct || (!arm && facts.iommu_maps);
@@ -68,7 +70,7 @@ fn what_is_possible_over_the_whole_table() {
             "{bits:?} {facts:?}"
         );
         assert_eq!(
-            paths.contains(Datapaths::MAP_IDENTITY),
+            uplink.contains(Datapaths::MAP_IDENTITY),
             maps && !cached && !facts.cache_flush,
             "{bits:?} {facts:?}"
         );
@@ -84,9 +86,12 @@ fn the_choice_over_the_whole_table() {
         .iter()
         .flat_map(|&ready| bools.iter().map(move |&as_is| Target::Guest { ready, as_is }));
     let local = bools.map(|room| Target::Local { room });
-    let targets: Vec<_> = guests.chain(local).chain([Target::Many]).collect();
-    for set in 0..1 << Datapath::ALL.len() {
-        let up = Datapaths::from_bits_truncate(set) | Datapaths::COPY;
+    let uplink = bools.map(|room| Target::Uplink { room });
+    let targets: Vec<_> = guests.chain(local).chain(uplink).chain([Target::Many]).collect();
+    for set in 0..1_u16 << (2 * Datapath::ALL.len()) {
+        let [local, uplink] = [set, set >> Datapath::ALL.len()]
+            .map(|set| Datapaths::from_bits_truncate(set as u8) | Datapaths::COPY);
+        let up = Ways { local, uplink };
         for size in [14, 999, 1000, 1999, 2000, u16::MAX] {
             for &target in &targets {
                 let expected = match target {
@@ -94,15 +99,21 @@ fn the_choice_over_the_whole_table() {
                     Target::Many => Err(Fallback::Many),
                     Target::Guest { .. } if size < 1000 => Ok(Datapath::Copy),
                     Target::Guest { ready, as_is } => {
-                        match (up.contains(Datapaths::DIRECT), as_is, ready) {
+                        match (local.contains(Datapaths::DIRECT), as_is, ready) {
                             (true, true, true) => Ok(Datapath::Direct),
                             (true, true, false) => Err(Fallback::NotReady),
                             (true, false, _) => Err(Fallback::Changed),
                             (false, ..) => Err(Fallback::Withdrawn),
                         }
                     }
-                    Target::Local { .. } if size < 2000 => Ok(Datapath::Copy),
-                    Target::Local { room } => {
+                    Target::Local { .. } | Target::Uplink { .. } if size < 2000 => {
+                        Ok(Datapath::Copy)
+                    }
+                    Target::Local { room } | Target::Uplink { room } => {
+                        let up = match target {
+                            Target::Local { .. } => local,
+                            _ => uplink,
+                        };
                         let path = if up.contains(Datapaths::MAP) {
                             Some(Datapath::Map)
                         } else {
@@ -115,12 +126,17 @@ fn the_choice_over_the_whole_table() {
                         }
                     }
                 };
-                assert_eq!(choose(up, &policy, size, target), expected, "{up} {size} {target:?}");
-                // Whatever is chosen is allowed.
+                assert_eq!(choose(up, &policy, size, target), expected, "{up:?} {size} {target:?}");
+                // Whatever is chosen is allowed there.
                 if let Ok(path) = choose(up, &policy, size, target) {
-                    assert!(up.contains(path.only()));
+                    let of_target = match target {
+                        Target::Uplink { .. } => uplink,
+                        _ => local,
+                    };
+                    assert!(of_target.contains(path.only()));
                 }
             }
+            let up = up.any();
             for all_static in bools {
                 let look = first_look(up, &policy, size, all_static);
                 let headers_first = up.contains(Datapaths::DIRECT) && size >= 1000
@@ -139,17 +155,19 @@ fn the_choice_over_the_whole_table() {
 #[test]
 fn a_way_goes_at_once_and_comes_back_when_it_has_stayed_for_a_while() {
     let policy = Policy { settle: 100, ..Policy::default() };
-    let all = Datapaths::all();
+    let all = Ways { local: Datapaths::all(), uplink: Datapaths::all() };
+    // What goes is one target's way.
+    let some = Ways { uplink: Datapaths::all() - Datapaths::MAP, ..all };
     let mut modes = Modes::new(all);
     let at = Instant;
-    modes.update(all - Datapaths::MAP, &policy, at(10));
-    assert_eq!((modes.up(), modes.switches()), (all - Datapaths::MAP, 1));
+    modes.update(some, &policy, at(10));
+    assert_eq!((modes.up(), modes.switches()), (some, 1));
     modes.update(all, &policy, at(20));
     assert_eq!(modes.deadline(&policy), Some(at(120)));
     modes.update(all, &policy, at(119));
-    assert_eq!((modes.up(), modes.switches()), (all - Datapaths::MAP, 1));
+    assert_eq!((modes.up(), modes.switches()), (some, 1));
     // It goes again: the wait begins anew.
-    modes.update(all - Datapaths::MAP, &policy, at(119));
+    modes.update(some, &policy, at(119));
     modes.update(all, &policy, at(130));
     modes.update(all, &policy, at(229));
     assert_eq!(modes.switches(), 1);

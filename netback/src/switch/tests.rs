@@ -62,18 +62,53 @@ fn groups_are_flooded_and_never_learned() {
 }
 
 #[test]
-fn no_vif_can_be_the_backend_or_the_local_stack() {
-    let mut switch = switch(8, 4);
-    assert_eq!(switch.learn(MacAddr::BACKEND, PortId(1), at(0)), Learned::Refused);
-    assert_eq!(switch.lookup(MacAddr::BACKEND, at(0)), Destination::Flood);
-    assert_eq!(switch.learn(MacAddr::BACKEND, PortId::LOCAL, at(0)), Learned::New);
-    assert_eq!(switch.learn(MacAddr::BACKEND, PortId(1), at(1000)), Learned::Refused);
+fn neither_a_vif_nor_the_uplink_can_be_the_backend_or_the_local_stack() {
+    for other in [PortId::UPLINK, PortId(2)] {
+        let mut switch = switch(8, 4);
+        assert_eq!(switch.learn(MacAddr::BACKEND, other, at(0)), Learned::Refused);
+        assert_eq!(switch.lookup(MacAddr::BACKEND, at(0)), Destination::Flood);
+        assert_eq!(switch.learn(MacAddr::BACKEND, PortId::LOCAL, at(0)), Learned::New);
+        assert_eq!(switch.learn(MacAddr::BACKEND, other, at(1000)), Learned::Refused);
 
-    assert_eq!(switch.learn(mac(1), PortId::LOCAL, at(0)), Learned::New);
-    assert_eq!(switch.learn(mac(1), PortId(1), at(300)), Learned::Refused);
-    assert_eq!(switch.lookup(mac(1), at(300)), Destination::Port(PortId::LOCAL));
-    assert_eq!(switch.learn(mac(2), PortId(1), at(0)), Learned::New);
-    assert_eq!(switch.learn(mac(2), PortId::LOCAL, at(0)), Learned::Moved(PortId(1)));
+        assert_eq!(switch.learn(mac(1), PortId::LOCAL, at(0)), Learned::New);
+        // However long it is silent.
+        for seconds in [0, 300, 100_000] {
+            assert_eq!(switch.learn(mac(1), other, at(seconds)), Learned::Refused);
+            let local = Destination::Port(PortId::LOCAL);
+            assert_eq!(switch.lookup(mac(1), at(seconds)), local);
+        }
+        assert_eq!(switch.learn(mac(2), other, at(0)), Learned::New);
+        assert_eq!(switch.learn(mac(2), PortId::LOCAL, at(0)), Learned::Moved(other));
+        assert_eq!(switch.learn(mac(2), other, at(1)), Learned::Refused);
+    }
+}
+
+#[test]
+fn a_station_moves_between_the_uplink_and_a_vif_as_it_is_heard() {
+    let mut switch = switch(8, 4);
+    let (uplink, vif) = (PortId::UPLINK, PortId(2));
+    assert_eq!(switch.learn(mac(1), uplink, at(0)), Learned::New);
+    assert_eq!(switch.learn(mac(1), vif, at(1)), Learned::Moved(uplink));
+    assert_eq!(switch.lookup(mac(1), at(1)), Destination::Port(vif));
+    assert_eq!(switch.learn(mac(1), uplink, at(2)), Learned::Moved(vif));
+    assert_eq!(switch.lookup(mac(1), at(2)), Destination::Port(uplink));
+}
+
+#[test]
+fn what_the_local_port_keeps_does_not_keep_what_is_aged() {
+    let mut switch = switch(4, 3);
+    for last in 1..=2 {
+        assert_eq!(switch.learn(mac(last), PortId::LOCAL, at(0)), Learned::New);
+    }
+    for last in 3..=4 {
+        assert_eq!(switch.learn(mac(last), PortId(2), at(1)), Learned::New);
+    }
+    // The table is full, and what was heard longest ago is the local port's.
+    assert_eq!(switch.learn(mac(5), PortId(3), at(300)), Learned::Full);
+    assert_eq!(switch.learn(mac(5), PortId(3), at(400)), Learned::New);
+    assert_eq!(switch.lookup(mac(1), at(400)), Destination::Port(PortId::LOCAL));
+    switch.expire(at(1000));
+    assert_eq!(switch.len(), 2);
 }
 
 #[test]
@@ -142,7 +177,8 @@ struct Model {
 
 impl Model {
     fn expire(&mut self, now: u64) {
-        self.known.retain(|_, (_, heard, _)| now - *heard <= MAX_AGE);
+        let stays = |port: PortId| port == PortId::LOCAL;
+        self.known.retain(|_, (port, heard, _)| stays(*port) || now - *heard <= MAX_AGE);
     }
 
     fn learn(&mut self, src: MacAddr, port: PortId, now: u64) -> Learned {

@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port};
-use netback::datapath::{Arch, Facts, Policy, Uplink};
+use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug, Notice, VifId, VifStatus};
 use netfront::{Frontend, Meta};
@@ -132,13 +132,7 @@ pub struct Machine {
 
 /// A dom0 on Arm whose own stack takes what is for the local port.
 pub fn facts() -> Facts {
-    Facts {
-        arch: Arch::Arm,
-        grant_copy: true,
-        cache_flush: true,
-        iommu_maps: false,
-        uplink: Uplink::Stack,
-    }
+    Facts { arch: Arch::Arm, grant_copy: true, cache_flush: true, iommu_maps: false, uplink: None }
 }
 
 pub fn config() -> Config {

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Instant, Port, VcpuId};
-use netback::datapath::{Arch, Facts, Policy, Uplink};
+use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Hotplug, Notice};
 use netfront::{Frontend, Meta};
@@ -179,7 +179,7 @@ impl World {
             max_vifs: 8,
             switch: SwitchLimits::default(),
             seed: Seed(1, 2),
-            facts: Facts::probe(&hv, Arch::Arm, false, Uplink::Stack),
+            facts: Facts::probe(&hv, Arch::Arm, false, None),
             policy: Policy::default(),
         };
         let (binder, mapper) = (upcalls.binder(), Mapper::new(&hv));

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use features::XenFeatures;
 use netback::Hotplug;
-use netback::datapath::{Arch, Facts, Policy};
+use netback::datapath::{Arch, Facts, Nic, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use sim::{DmaConfig, DomainConfig};
 
@@ -113,7 +113,7 @@ impl Board {
             grant_copy: true,
             cache_flush: self == Self::Arm,
             iommu_maps: server,
-            uplink: netback::datapath::Uplink::Nic { coherent: self.card().coherent },
+            uplink: Some(Nic { coherent: self.card().coherent }),
         }
     }
 }

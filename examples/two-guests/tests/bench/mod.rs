@@ -16,7 +16,7 @@ use xenbus::client::{Change, Client};
 use xenbus::server::{ConnId, Quotas, Server};
 use xenbus::wire::{Access, Perm};
 
-const LOCAL: MacAddr = MacAddr([0, 0x16, 0x3e, 0, 2, 0]);
+const UPLINK: MacAddr = MacAddr([0, 0x16, 0x3e, 0, 2, 0]);
 /// Nanoseconds between two turns.
 const TICK: u64 = 10_000;
 
@@ -34,7 +34,7 @@ pub struct End<H: Hypervisor> {
 /// What a bench is for.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
-    /// How packets are carried: from guest 0 to guest 1, or to the local port where that is the way's.
+    /// How packets are carried: from guest 0 to guest 1, or to the uplink where that is the way's.
     pub path: Datapath,
     /// Bytes of each.
     pub size: usize,
@@ -201,12 +201,12 @@ impl<H: Hypervisor> Bench<H> {
         hello[6..12].copy_from_slice(&second.0);
         self.guests[1].nic.send(0, &hello, Meta::default()).unwrap();
         let mut packet = self.backend.packet(60, self.now).unwrap();
-        hello[6..12].copy_from_slice(&LOCAL.0);
+        hello[6..12].copy_from_slice(&UPLINK.0);
         packet.bytes_mut().copy_from_slice(&hello);
-        self.backend.send_local(packet, self.now);
+        self.backend.send_uplink(packet, self.now);
         self.packet = vec![0x5a; load.size];
         let to = match load.path {
-            Datapath::Map | Datapath::MapIdentity => LOCAL,
+            Datapath::Map | Datapath::MapIdentity => UPLINK,
             Datapath::Copy | Datapath::Direct | Datapath::Static => second,
         };
         self.packet[..6].copy_from_slice(&to.0);
@@ -257,7 +257,7 @@ impl<H: Hypervisor> Bench<H> {
         (self.watch)(true);
         let events = upcalls.scan(64, |port| _ = backend.on_event(port));
         let more = backend.poll(client, self.now, |_| {});
-        while let Some(packet) = backend.receive_local() {
+        while let Some(packet) = backend.receive_uplink() {
             arrived.0 += 1;
             arrived.1 += packet.len() as u64;
         }

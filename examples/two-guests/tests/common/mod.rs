@@ -208,6 +208,7 @@ impl Flips {
         let withdrawn = self.pair[1 - self.there];
         if withdrawn != Datapath::Copy && !matches!(self.source, Source::Silent(_)) {
             let up = self.world.backend().unwrap().backend.datapaths();
+            let up = if is_map(withdrawn) { up.uplink } else { up.local };
             assert!(!up.contains(withdrawn.only()), "{withdrawn} by {:?}", self.source);
         }
     }
