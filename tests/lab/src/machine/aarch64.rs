@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -20,8 +21,15 @@ pub struct Board<'a> {
     pub dom0: Domain<'a>,
     /// The guests: domain 1 and so on. They have the console of an emulated UART.
     pub guests: Vec<Domain<'a>>,
-    /// Whether dom0 has a NIC, in a network in which QEMU is the router and the host. What goes by it is in [`UPLINK`].
-    pub uplink: bool,
+    /// dom0's NIC, in a network in which QEMU is the router and the host. What goes by it is in [`UPLINK`].
+    pub uplink: Option<Nic>,
+}
+
+/// A virtio NIC.
+#[derive(Clone, Copy, Default)]
+pub struct Nic {
+    /// It does not look at what it is given to send before this time, and keeps it meanwhile.
+    pub delay: Option<Duration>,
 }
 
 /// The file of the frames that went by dom0's NIC.
@@ -150,11 +158,14 @@ impl Plan for Board<'_> {
                 .arg("-device")
                 .arg(format!("loader,file={},addr={at:#x},force-raw=on", file.display()));
         }
-        if self.uplink {
+        if let Some(Nic { delay }) = self.uplink {
             // Router advertisements would come into everything else that is measured.
             command.args(["-netdev", "user,id=uplink,ipv6=off"]);
             command.args(["-global", "virtio-mmio.force-legacy=false"]);
-            command.args(["-device", "virtio-net-device,netdev=uplink"]);
+            let delay = delay
+                .map(|delay| format!(",tx=timer,x-txtimer={}", delay.as_nanos()))
+                .unwrap_or_default();
+            command.arg("-device").arg(format!("virtio-net-device,netdev=uplink{delay}"));
             let file = dir.join(UPLINK);
             command
                 .arg("-object")

@@ -27,6 +27,11 @@ impl Plan for Board<'_> {
         let mut command = Command::new(packages::qemu_x86_64()?);
         // Under Xen's own policy any domain may share memory with any other, as a driver domain has to.
         // With more features than these, Linux does not come up as dom0.
+        //
+        // dom0 stays on the first processor, and guests of type PVH keep away from it (`cpus` in their configuration):
+        // whenever any processor of QEMU 7.2 loads its FPU state, `cpu_clear_ignne` writes the first one's `hflags2` back
+        // without a lock, and with it an old word on whether a guest's page tables are in force. If that one is just entering or
+        // leaving a guest, the guest dies of a triple fault.
         command
             .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+svm,+npt"])
             .args(["-smp", "2", "-m", "4096", "-nic", "none"])
@@ -34,8 +39,8 @@ impl Plan for Board<'_> {
             .arg(&self.images.xen)
             .arg("-append")
             .arg(format!(
-                "console=com1 com1=115200,8n1 dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY} dom0_max_vcpus=1 bootscrub=0 \
-                 loglvl=all guest_loglvl=all noreboot xsm=dummy"
+                "console=com1 com1=115200,8n1 dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY} dom0_max_vcpus=1 dom0_vcpus_pin \
+                 bootscrub=0 loglvl=all guest_loglvl=all noreboot xsm=dummy"
             ));
         let mut modules = OsString::from(&self.images.linux);
         modules.push(format!(" console=hvc0 rdinit=/init quiet {},", self.dom0_arguments));

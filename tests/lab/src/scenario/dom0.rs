@@ -19,7 +19,7 @@ pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &str) -> Bo
         xen: &images.xen,
         dom0: ours(dom0),
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
-        uplink: false,
+        uplink: None,
     }
 }
 

@@ -68,7 +68,7 @@ impl Made {
             xen: &self.images.xen,
             dom0: dom0::ours(&self.dom0),
             guests: ours.into_iter().chain(linux).collect(),
-            uplink: false,
+            uplink: None,
         }
     }
 }

@@ -127,8 +127,8 @@ pub fn crash(run: &mut Run) {
     run.check("guest 2 still reaches dom0", Source::Dom(2), made);
 }
 
-/// The time from the guest's last word to dom0's word that it is released.
-fn crashed(run: &mut Run) -> Result<String> {
+/// Guest 1 dies: the time from its last word to dom0's word that it is released.
+pub fn crashed(run: &mut Run) -> Result<String> {
     let console = &run.machine.console;
     let (guest, dom0) = (console.mark(Source::Dom(1)), console.mark(Source::Dom(0)));
     console.type_line(1, "@crash crash.")?;

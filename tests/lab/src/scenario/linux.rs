@@ -20,7 +20,7 @@ pub fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
             vcpus: 1,
         },
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
-        uplink: false,
+        uplink: None,
     }
 }
 

@@ -54,6 +54,13 @@ pub const ALL: &[Scenario] = &[
         boot: guest::boot,
     },
     Scenario {
+        name: "uplink-aarch64",
+        about: "this project's dom0 with a NIC, by which two Linux guests reach servers outside (on demand)",
+        by_default: false,
+        test: uplink::test,
+        boot: uplink::boot,
+    },
+    Scenario {
         name: "linux-dom0-aarch64",
         about: "the same guests with Linux as dom0, for comparison (on demand)",
         by_default: false,
@@ -62,7 +69,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "linux-uplink-aarch64",
-        about: "the same with a NIC, by which the guests reach servers outside, for comparison (on demand)",
+        about: "the same guests and servers with Linux, its bridge and the same NIC as dom0, for comparison (on demand)",
         by_default: false,
         test: uplink::linux_test,
         boot: uplink::linux_boot,

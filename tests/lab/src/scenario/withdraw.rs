@@ -15,15 +15,15 @@ use crate::run::{Run, Tally};
 /// The operator's key, below dom0's own directory.
 const KEY: &str = "netback/withdrawn";
 /// Times that everything goes and comes back, half of them with the stream one way and half the other.
-const ROUNDS: usize = 10;
+pub const ROUNDS: usize = 10;
 /// What was at work when a datapath went may end in it.
 pub const DRAIN: Duration = Duration::from_millis(500);
 /// How long a state lasts, at least.
-const DWELL: Duration = Duration::from_millis(1000);
+pub const DWELL: Duration = Duration::from_millis(1000);
 /// Events that may turn out to announce nothing: guests that only work send hardly any.
 const QUIET: f64 = 20.0;
 /// A datapath that is given back is in use again after this, at most.
-const RETURN: Duration = Duration::from_secs(15);
+pub const RETURN: Duration = Duration::from_secs(15);
 
 pub fn test(name: &'static str) -> Result<Tally> {
     let (images, image) = dom0::prepare()?;
@@ -217,7 +217,7 @@ fn go_and_return(run: &Run) -> Result<Round> {
             let more = before.more(&after, path).packets;
             ensure!(more == 0.0, "{more} packets by {path}, which is withdrawn");
         }
-        ensure!(after.mapped == 0.0, "{} pages are still mapped", after.mapped);
+        ensure!(after.mapped() == 0.0, "{} pages are still mapped", after.mapped());
         let (direct, copy) = (before.more(&after, DIRECT), before.more(&after, COPY));
         let expected = if gone.contains(&DIRECT) { copy } else { direct };
         ensure!(expected.packets > 0.0, "nothing is given to guests without {value}");
@@ -238,22 +238,51 @@ fn go_and_return(run: &Run) -> Result<Round> {
     Ok(Round { text: text.join("; "), share })
 }
 
-const COPY: &str = "copy";
+/// Names of datapaths.
+pub const COPY: &str = "copy";
 const DIRECT: &str = "direct";
-const MAP: &str = "map";
+/// The one by which pages go out that are not copied.
+pub const MAP: &str = "map";
 
-/// What datapaths have carried, in packets and bytes.
+/// What a datapath has carried, in packets and bytes.
 #[derive(Clone, Copy, Default)]
-struct Carried {
-    packets: f64,
-    bytes: f64,
+pub struct Carried {
+    /// Packets.
+    pub packets: f64,
+    /// Bytes.
+    pub bytes: f64,
 }
 
-/// What each datapath has carried, all vifs together: to guests, or, for what goes to dom0, from guests.
-struct Used {
-    paths: Vec<(String, Carried)>,
-    /// Pages of guests' packets that are mapped.
+impl std::iter::Sum for Carried {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |sum, one| Self {
+            packets: sum.packets + one.packets,
+            bytes: sum.bytes + one.bytes,
+        })
+    }
+}
+
+impl std::ops::Sub for Carried {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self { packets: self.packets - before.packets, bytes: self.bytes - before.bytes }
+    }
+}
+
+/// A line of dom0's table: what a datapath has carried from a vif's guest, or to it.
+struct Row {
+    vif: String,
+    is_from: bool,
+    path: String,
+    carried: Carried,
+    /// Pages that are mapped.
     mapped: f64,
+}
+
+/// What datapaths have carried.
+pub struct Used {
+    rows: Vec<Row>,
     /// Times that the datapaths in use changed.
     switches: f64,
 }
@@ -261,49 +290,68 @@ struct Used {
 impl Used {
     /// Reads dom0's tables of vifs.
     fn parse(lines: &[String]) -> Option<Self> {
-        let (mut paths, mut mapped, mut switches) = (Vec::new(), 0.0, None);
+        let (mut rows, mut switches) = (Vec::new(), None);
         for line in lines {
             let words: Vec<_> = line.split_whitespace().collect();
             let number = |at: usize| words.get(at)?.parse::<f64>().ok();
             match *words {
-                [_, way @ ("tx" | "rx"), path, ..] => {
-                    mapped += number(7)? - number(8)?;
-                    if (way == "tx") == (path == MAP) {
-                        let carried = Carried { packets: number(3)?, bytes: number(4)? };
-                        paths.push((path.to_owned(), carried));
-                    }
-                }
+                [vif, way @ ("tx" | "rx"), path, ..] => rows.push(Row {
+                    vif: vif.to_owned(),
+                    is_from: way == "tx",
+                    path: path.to_owned(),
+                    carried: Carried { packets: number(3)?, bytes: number(4)? },
+                    mapped: number(7)? - number(8)?,
+                }),
                 ["in", "use:", .., "changed", count, "times"] => switches = count.parse().ok(),
                 _ => {}
             }
         }
-        Some(Self { paths, mapped, switches: switches? })
+        Some(Self { rows, switches: switches? })
     }
 
+    /// What a datapath has carried from all guests.
+    pub fn taken(&self, path: &str) -> Carried {
+        self.rows.iter().filter(|row| row.is_from && row.path == path).map(|row| row.carried).sum()
+    }
+
+    fn given(&self, path: &str) -> Carried {
+        self.rows.iter().filter(|row| !row.is_from && row.path == path).map(|row| row.carried).sum()
+    }
+
+    /// Where a datapath ends is where it is looked at: what is mapped goes to dom0 itself, or out.
     fn of(&self, path: &str) -> Carried {
-        let own = self.paths.iter().filter(|(name, _)| name == path).map(|(_, carried)| carried);
-        own.fold(Carried::default(), |sum, one| Carried {
-            packets: sum.packets + one.packets,
-            bytes: sum.bytes + one.bytes,
-        })
+        if path == MAP { self.taken(path) } else { self.given(path) }
     }
 
     fn more(&self, later: &Self, path: &str) -> Carried {
-        let (old, new) = (self.of(path), later.of(path));
-        Carried { packets: new.packets - old.packets, bytes: new.bytes - old.bytes }
+        later.of(path) - self.of(path)
     }
 
-    fn grew(&self, later: &Self, path: &str) -> bool {
+    /// Whether a datapath has carried something since.
+    pub fn grew(&self, later: &Self, path: &str) -> bool {
         self.more(later, path).packets > 0.0
+    }
+
+    /// Pages of guests' packets that are mapped.
+    pub fn mapped(&self) -> f64 {
+        self.rows.iter().map(|row| row.mapped).sum()
+    }
+
+    /// Those of one guest.
+    pub fn mapped_of(&self, guest: usize) -> f64 {
+        let vif = format!("{guest}.0");
+        self.rows.iter().filter(|row| row.vif == vif).map(|row| row.mapped).sum()
     }
 }
 
-fn used(run: &Run) -> Result<Used> {
+/// What dom0's table says.
+pub fn used(run: &Run) -> Result<Used> {
     let lines = run.operate("vifs")?;
     Used::parse(&lines).with_context(|| format!("dom0's table is odd: {}", lines.join("; ")))
 }
 
-fn wait_for(
+/// Waits until the table shows something.
+pub fn wait_for(
     run: &Run,
     limit: Duration,
     what: &str,
@@ -393,13 +441,15 @@ mod tests {
             "1.0      tx  map                   4           9000          2          0        7        5",
             "2.0      rx  direct                5            300          2         10        0        0",
             "2.0      rx  copy                  1             60          1          1        0        0",
-            "in use: copy direct map static; changed 6 times",
+            "in use: copy direct map static; to the uplink: copy map; changed 6 times",
         ]
         .map(str::to_owned);
         let used = Used::parse(&lines).unwrap();
         let carried = [DIRECT, MAP, COPY].map(|path| used.of(path)).map(|c| (c.packets, c.bytes));
         assert_eq!(carried, [(15.0, 20_300.0), (4.0, 9000.0), (1.0, 60.0)]);
-        assert_eq!((used.mapped, used.switches), (2.0, 6.0));
+        assert_eq!((used.mapped(), used.switches), (2.0, 6.0));
+        assert_eq!((used.mapped_of(1), used.mapped_of(2)), (2.0, 0.0));
+        assert_eq!(used.taken(DIRECT).packets, 99.0);
         assert!(Used::parse(&[]).is_none());
     }
 }
