@@ -65,12 +65,6 @@ impl Cut<'_> {
         self.transport.end.saturating_sub(self.transport.payload).div_ceil(self.size)
     }
 
-    /// Bytes of headers that each segment has.
-    #[must_use]
-    pub const fn head_len(&self) -> usize {
-        self.template.len()
-    }
-
     /// Length in bytes of the longest segment's frame; all but the last are of this length.
     #[must_use]
     pub const fn max_len(&self) -> usize {
@@ -81,6 +75,24 @@ impl Cut<'_> {
     #[must_use]
     pub const fn transport(&self) -> usize {
         self.transport.offset
+    }
+
+    /// Where the payload begins, in bytes from the start of the frame: each segment has so many of headers,
+    #[must_use]
+    pub const fn start(&self) -> usize {
+        self.transport.payload
+    }
+
+    /// and where it ends; there may be padding behind it.
+    #[must_use]
+    pub const fn end(&self) -> usize {
+        self.transport.end
+    }
+
+    /// The IP that it goes by.
+    #[must_use]
+    pub const fn version(&self) -> IpVersion {
+        self.headers.version
     }
 
     /// Where the payload of segment `index` is in the frame. `None` if there is no such segment.
@@ -182,8 +194,8 @@ impl Segments<'_> {
     #[must_use]
     pub fn write(&self, index: usize, fill: Fill, out: &mut [u8]) -> Option<usize> {
         let data = self.frame.get(self.cut.payload(index)?)?;
-        let out = out.get_mut(..self.cut.head_len() + data.len())?;
-        let (head, body) = out.split_at_mut_checked(self.cut.head_len())?;
+        let out = out.get_mut(..self.cut.start() + data.len())?;
+        let (head, body) = out.split_at_mut_checked(self.cut.start())?;
         body.copy_from_slice(data);
         let sum = (fill == Fill::Complete).then(|| Sum::default().add(data));
         self.cut.write_head(index, sum, head)?;

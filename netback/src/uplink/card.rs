@@ -8,11 +8,8 @@ use netif::mac::MacAddr;
 
 use super::header::NetHeader;
 use super::outgoing::Outgoing;
-use crate::dma::DmaPiece;
+use crate::dma::{DmaPiece, OwnRule};
 use crate::packet::Packet;
-
-/// Pages of a receive buffer at most.
-const MAX_PAGES: usize = 16;
 
 bitflags! {
     /// What a card and its driver have agreed on (virtio 1.2, 5.1.3).
@@ -38,13 +35,14 @@ bitflags! {
 /// A buffer to receive into: a packet of netback's that nobody else has, and where the card finds it.
 pub struct Buffer<H: Hypervisor> {
     pub(super) packet: Packet<H>,
-    pub(super) pieces: heapless::Vec<DmaPiece, MAX_PAGES>,
+    /// By which each of its pages is somewhere.
+    pub(super) rule: OwnRule,
 }
 
 impl<H: Hypervisor> Buffer<H> {
     /// Where it is, in order.
     pub fn pieces(&self) -> impl Iterator<Item = DmaPiece> {
-        self.pieces.iter().copied()
+        self.packet.dma_own(self.rule).flatten()
     }
 }
 
