@@ -106,7 +106,6 @@ fn detached(run: &mut Run) {
         let name = format!("our guest's vif goes and comes back five times {what}");
         run.check(&name, Source::Dom(OURS), made);
     }
-    exchange(run, 0, OURS, "our guest after that", "guest_again");
 }
 
 /// Linux's backend is taken out of dom0's kernel and brought back.
