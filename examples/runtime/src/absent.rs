@@ -28,7 +28,9 @@ pub fn bind_timer(_: &Binder<Hv>) -> Result<Option<Channel<Hv>>, Errno> {
     Ok(None)
 }
 
-pub fn acknowledge() {}
+pub fn acknowledge() -> bool {
+    false
+}
 
 pub fn wait(_: Option<Instant>) {}
 

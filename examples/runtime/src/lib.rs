@@ -3,6 +3,8 @@
 // On a host nothing boots, and what boot uses is used by tests alone.
 #![cfg_attr(not(target_os = "none"), allow(dead_code))]
 
+#[cfg(feature = "virtio-net")]
+extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
@@ -27,6 +29,8 @@ mod start_info;
 mod store;
 #[cfg(any(target_arch = "aarch64", not(target_os = "none")))]
 mod tree;
+#[cfg(feature = "virtio-net")]
+pub mod virtio;
 mod windows;
 
 pub use arch::{CAN_SUSPEND, now, suspend};

@@ -23,16 +23,16 @@ impl Sleep {
         Ok(Self { timer: arch::bind_timer(binder)? })
     }
 
-    /// Sleeps until an event channel is pending or until the deadline, whichever comes first; without a deadline, until
-    /// an event.
+    /// Sleeps until an event channel is pending, a device has raised its interrupt, or the deadline is past, whichever comes
+    /// first; without a deadline, until an event or an interrupt.
     ///
     /// "Pending" is `evtchn_upcall_pending` in the shared info page: scan, which clears it, then sleep. No event is
     /// missed: Xen sets the flag before it raises the interrupt, and what the processor does from the look at the flag on
     /// until it sleeps is argued at each processor's `wait`.
     pub fn until(&self, deadline: Option<Instant>) {
         loop {
-            arch::acknowledge();
-            if upcall_pending() || deadline.is_some_and(|deadline| now() >= deadline) {
+            let device = arch::acknowledge();
+            if device || upcall_pending() || deadline.is_some_and(|deadline| now() >= deadline) {
                 break;
             }
             arch::wait(deadline);

@@ -29,6 +29,17 @@ pub struct Gic {
     pub redistributors: Range<u64>,
 }
 
+/// A virtio device at memory-mapped registers; whether there is one behind them, they say themselves.
+#[cfg(any(feature = "virtio-net", test))]
+#[derive(Debug, PartialEq, Eq)]
+pub struct VirtioDevice {
+    pub registers: Range<u64>,
+    /// Its shared interrupt, counted from 0.
+    pub spi: u32,
+    /// It sees what the processor has in its caches.
+    pub coherent: bool,
+}
+
 impl<'a> Tree<'a> {
     /// `None` if this is not a device tree.
     pub fn new(data: &'a [u8]) -> Option<Self> {
@@ -64,7 +75,10 @@ impl<'a> Tree<'a> {
 
     pub fn hypervisor(&self) -> Option<Hypervisor> {
         let node = self.0.find_node("/hypervisor")?;
-        Some(Hypervisor { grant_table: registers(node).next()?, event_ppi: ppi(node, 0)? })
+        Some(Hypervisor {
+            grant_table: registers(node).next()?,
+            event_ppi: interrupt(node, 0, PRIVATE)?,
+        })
     }
 
     pub fn gic(&self) -> Option<Gic> {
@@ -77,10 +91,25 @@ impl<'a> Tree<'a> {
         registers(self.0.find_compatible(&["arm,sbsa-uart"])?).next()
     }
 
+    /// The virtio devices at memory-mapped registers (Linux, bindings/virtio/mmio.yaml).
+    #[cfg(any(feature = "virtio-net", test))]
+    pub fn virtio(&self) -> impl Iterator<Item = VirtioDevice> {
+        let is_virtio = |node: &FdtNode<'_, 'a>| {
+            node.compatible().is_some_and(|names| names.all().any(|name| name == "virtio,mmio"))
+        };
+        self.0.all_nodes().filter(is_virtio).filter_map(|node| {
+            Some(VirtioDevice {
+                registers: registers(node).next()?,
+                spi: interrupt(node, 0, SHARED)?,
+                coherent: node.property("dma-coherent").is_some(),
+            })
+        })
+    }
+
     /// The private interrupt, counted from 0, of the virtual timer: the third of the four in the node (secure,
     /// non-secure, virtual, hypervisor).
     pub fn timer_ppi(&self) -> Option<u32> {
-        ppi(self.0.find_compatible(&["arm,armv8-timer"])?, 2)
+        interrupt(self.0.find_compatible(&["arm,armv8-timer"])?, 2, PRIVATE)
     }
 
     /// Whether anything in the tree is at these addresses, as far as it can be told without knowing every bus: all
@@ -105,14 +134,19 @@ fn registers<'a>(node: FdtNode<'_, 'a>) -> impl Iterator<Item = Range<u64>> + 'a
     })
 }
 
-/// The node's interrupt of that index, if it is a private one: three cells each, kind (1 is private), number, flags.
-fn ppi(node: FdtNode<'_, '_>, index: usize) -> Option<u32> {
+/// Kinds of interrupts (Linux, bindings/interrupt-controller/arm,gic-v3.yaml).
+#[cfg(any(feature = "virtio-net", test))]
+const SHARED: u32 = 0;
+const PRIVATE: u32 = 1;
+
+/// The node's interrupt of that index, if it is of this kind: three cells each, kind, number, flags.
+fn interrupt(node: FdtNode<'_, '_>, index: usize, kind: u32) -> Option<u32> {
     let value = node.property("interrupts")?.value;
     let mut cells = value
         .chunks_exact(4)
         .skip(index * 3)
         .map(|cell| cell.iter().fold(0u32, |number, byte| number << 8 | u32::from(*byte)));
-    (cells.next()? == 1).then(|| cells.next())?
+    (cells.next()? == kind).then(|| cells.next())?
 }
 
 #[cfg(test)]
@@ -183,6 +217,19 @@ mod tests {
         assert!(mentioned(0x4100_0000, 0x100_0001), "memory");
         assert!(!mentioned((1 << 44) - (1 << 30), 1 << 30));
         assert!(!mentioned(0x8000_0000, 1), "an extended region is no device");
+    }
+
+    #[test]
+    fn virtio_devices_are_found_with_what_it_takes_to_use_one() {
+        let devices: Vec<_> = tree().virtio().collect();
+        assert_eq!(devices.len(), 32);
+        let first = devices.iter().min_by_key(|device| device.registers.start).unwrap();
+        assert_eq!(
+            *first,
+            VirtioDevice { registers: 0xa00_0000..0xa00_0200, spi: 16, coherent: true }
+        );
+        assert!(devices.iter().all(|device| device.coherent && (16..48).contains(&device.spi)));
+        assert_eq!(Tree::new(GUEST).unwrap().virtio().count(), 0);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! controller is asked what it was. So no handler runs between two instructions of anything else.
 
 use core::ptr::{NonNull, with_exposed_provenance_mut};
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use aarch64_cpu::asm::{barrier, wfi};
 use aarch64_cpu::registers::{
@@ -27,7 +28,7 @@ pub fn now() -> Instant {
     clock::instant(CNTVCT_EL0.get(), CNTFRQ_EL0.get())
 }
 
-/// Turns on the two interrupts that can end a sleep. `None` if the controller will not have it.
+/// Turns on the two interrupts that can end a sleep besides a device's. `None` if the controller will not have it.
 ///
 /// # Safety
 /// The registers are mapped as device memory, and nothing else uses them.
@@ -44,6 +45,8 @@ pub unsafe fn init(gic: &Gic, event_ppi: u32, timer_ppi: u32) -> Option<()> {
     for ppi in [event_ppi, timer_ppi] {
         gic.enable_interrupt(IntId::ppi(ppi), Some(0), true).ok()?;
     }
+    #[cfg(feature = "virtio-net")]
+    device::keep(gic);
     Some(())
 }
 
@@ -70,11 +73,70 @@ pub fn wait(until: Option<Instant>) {
     wfi();
 }
 
-/// Takes note of all interrupts that are pending now. What they mean is looked up elsewhere: in the shared info page
-/// and on the clock.
-pub fn acknowledge() {
+/// Takes note of all interrupts that are pending now. What they mean is looked up elsewhere: in the shared info page, on the
+/// clock, and by a device's driver. Answers whether there is one that its driver has not asked about since.
+pub fn acknowledge() -> bool {
     // First the timer, or its level would raise the interrupt again.
     CNTV_CTL_EL0.set(0);
     barrier::isb(barrier::SY);
-    while GicCpuInterface::handle_interrupt(InterruptGroup::Group1, |_| ()) {}
+    let take = |interrupt: IntId| {
+        if interrupt.is_spi() {
+            DEVICE.store(true, Ordering::Relaxed);
+        }
+    };
+    while GicCpuInterface::handle_interrupt(InterruptGroup::Group1, take) {}
+    DEVICE.load(Ordering::Relaxed)
+}
+
+/// A device has raised its interrupt, and its driver has not asked since. There is at most one device.
+static DEVICE: AtomicBool = AtomicBool::new(false);
+
+/// The interrupt of the one device that there may be.
+#[cfg(feature = "virtio-net")]
+pub mod device {
+    use arm_gic::Trigger;
+    use spin::Mutex;
+
+    use super::*;
+
+    static GIC: Mutex<Option<GicV3<'static>>> = Mutex::new(None);
+
+    pub fn keep(gic: GicV3<'static>) {
+        *GIC.lock() = Some(gic);
+    }
+
+    /// A shared interrupt that is enabled as long as this lives.
+    #[derive(Debug)]
+    pub struct Interrupt(IntId);
+
+    impl Interrupt {
+        /// Enables a shared interrupt, counted from 0. `None` if there is none of that number.
+        ///
+        /// It is taken as an edge, whatever the device makes of its line: as a level it would come again at once, as
+        /// [`acknowledge`] does nothing about its cause. So the driver has to quieten the device before it looks at what there
+        /// is to do; what comes after that is an edge again.
+        pub fn enable(spi: u32) -> Option<Self> {
+            let number = (spi < IntId::MAX_SPI_COUNT).then(|| IntId::spi(spi))?;
+            let mut gic = GIC.lock();
+            let gic = gic.as_mut()?;
+            gic.set_trigger(number, None, Trigger::Edge).ok()?;
+            gic.enable_interrupt(number, None, true).ok()?;
+            Some(Self(number))
+        }
+
+        /// Whether it has been raised since the last time.
+        pub fn take(&self) -> bool {
+            DEVICE.swap(false, Ordering::Relaxed)
+        }
+    }
+
+    impl Drop for Interrupt {
+        fn drop(&mut self) {
+            if let Some(gic) = GIC.lock().as_mut() {
+                // It has been enabled, so it is one that there is.
+                let _ = gic.enable_interrupt(self.0, None, false);
+            }
+            DEVICE.store(false, Ordering::Relaxed);
+        }
+    }
 }

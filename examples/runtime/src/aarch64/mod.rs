@@ -14,11 +14,15 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use features::XenFeatures;
 use hypercall::{Errno, Gfn, Hypervisor, PAGE_SIZE, Platform, Suspended};
 
+#[cfg(feature = "virtio-net")]
+pub use interrupts::device::Interrupt;
 pub use interrupts::{acknowledge, bind_timer, now, wait};
 
 use crate::machine::{self, HV, MACHINE, PAGES, WINDOW_BYTES};
 use crate::ranges::Ranges;
 use crate::tree::Tree;
+#[cfg(feature = "virtio-net")]
+use crate::tree::VirtioDevice;
 use crate::{BootInfo, Hv, console};
 use mmu::{Tables, Use};
 
@@ -139,6 +143,8 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
     // SAFETY: boot leaves the MMU off; the tables map the image, the device tree and all other memory. What was
     // written since is in the image: its data, its stack and the tables.
     unsafe { mmu::enable(&tables, &image) };
+    #[cfg(feature = "virtio-net")]
+    map_devices(&tree, &mut tables, data).ok_or("fewer pieces of registers to map")?;
     let offered = XenFeatures::from_bits_retain(HV.features(0).unwrap_or(0));
     if !offered.contains(XenFeatures::DOM0) {
         map_guest(&tree, &mut tables).ok_or("fewer pieces of memory to map")?;
@@ -165,6 +171,31 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
     // SAFETY: mapped above as device memory; nothing else knows of the registers.
     unsafe { interrupts::init(&gic, xen.event_ppi, timer_ppi) }.ok_or("interrupts")?;
     Ok(BootInfo { bootargs: tree.bootargs(), memory: memory.total() })
+}
+
+/// The device tree, once the registers of its devices are mapped.
+#[cfg(feature = "virtio-net")]
+static TREE: spin::Once<&'static [u8]> = spin::Once::new();
+
+/// Maps the registers of virtio devices, of which several may be in a page.
+#[cfg(feature = "virtio-net")]
+fn map_devices(tree: &Tree<'_>, tables: &mut Tables, data: &'static [u8]) -> Option<()> {
+    let mut pages = Ranges::default();
+    for device in tree.virtio() {
+        let range = pages_of(&device.registers);
+        pages.remove(&range)?;
+        pages.add(range)?;
+    }
+    pages.iter().try_for_each(|range| tables.map(range, Use::Device))?;
+    TREE.call_once(|| data);
+    Some(())
+}
+
+/// The virtio devices, whose registers are mapped.
+#[cfg(feature = "virtio-net")]
+pub fn virtio_devices() -> heapless::Vec<VirtioDevice, { crate::ranges::MAX }> {
+    let tree = TREE.get().and_then(|data| Tree::new(data));
+    tree.iter().flat_map(Tree::virtio).take(crate::ranges::MAX).collect()
 }
 
 /// The pages that a range touches.

@@ -77,8 +77,10 @@ pub fn bind_timer(binder: &Binder<Hv>) -> Result<Option<Channel<Hv>>, Errno> {
     Ok(Some(timer))
 }
 
-/// Nothing is to be taken note of: an interrupt is what Xen makes of the pending flag.
-pub fn acknowledge() {}
+/// Nothing is to be taken note of: an interrupt is what Xen makes of the pending flag, and no device has one.
+pub fn acknowledge() -> bool {
+    false
+}
 
 /// Waits for an interrupt, until the deadline at most. Uses no processor time meanwhile.
 ///
