@@ -29,14 +29,21 @@ const PIECE: usize = 1 << 16;
 struct Generator(u64);
 
 impl Generator {
+    fn step(&mut self) -> [u8; 8] {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.to_le_bytes()
+    }
+
+    /// Of the last step, what there is no room for is lost.
     fn fill(&mut self, bytes: &mut [u8]) {
-        for word in bytes.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            for (to, from) in word.iter_mut().zip(self.0.to_le_bytes()) {
-                *to = from;
-            }
+        let (words, rest) = bytes.as_chunks_mut();
+        for word in words {
+            *word = self.step();
+        }
+        if !rest.is_empty() {
+            rest.iter_mut().zip(self.step()).for_each(|(to, from)| *to = from);
         }
     }
 
