@@ -22,7 +22,13 @@ pub fn in_mid_transfer(run: &mut Run, outside: &Outside) {
     let made = begin(run, outside);
     run.check("the NIC keeps pages of guest 1", Source::Dom(0), made);
     let made = life::crashed(run);
+    let left = used(run);
     run.check("dom0 releases the crashed guest within a second", Source::Dom(0), made);
+    let made = left.and_then(|left| {
+        ensure!(left.in_flight > 0.0, "it has none any more");
+        Ok(format!("{} of them", left.in_flight))
+    });
+    run.check("the NIC still has frames then", Source::Dom(0), made);
     let made = run.good(2, "bgruns send", 20).and_then(|_| Ok(awaited(run, 2, "send")?.text()));
     run.check("guest 2's 8 MiB come whole", Source::Dom(2), made);
     let made = before.and_then(|before| reclaimed(run, &before));
@@ -41,13 +47,14 @@ fn begin(run: &Run, outside: &Outside) -> Result<String> {
     wait_for(run, Duration::from_secs(30), "pages of guest 1 with the NIC", |now| {
         now.mapped_of(1) > 0.0
     })?;
-    let mut pages = Vec::new();
+    let mut seen = Vec::new();
     for _ in 0..READINGS {
         let now = used(run)?;
-        ensure!(now.mapped_of(1) > 0.0, "it has none: {pages:?}");
-        pages.push(now.mapped_of(1).to_string());
+        let (pages, frames) = (now.mapped_of(1), now.in_flight);
+        ensure!(pages > 0.0 && frames > 0.0, "{pages} pages, {frames} frames of anybody");
+        seen.push(format!("{pages} ({frames} frames of both guests)"));
     }
-    Ok(format!("{} of them at any time", pages.join(", ")))
+    Ok(seen.join(", "))
 }
 
 /// What was held before, less what belonged to guest 1; looked at a few times, as the card takes its time.
@@ -58,7 +65,10 @@ fn reclaimed(run: &Run, before: &Metrics) -> Result<String> {
         made = life::let_go(before, &after, 1).and_then(|text| {
             let mapped = after.need("grant_mappings", &[])?;
             ensure!(mapped == 2.0, "{mapped} pages are mapped, not guest 2's two rings alone");
-            ensure!(after.need("grant_mappings_parked", &[])? == 0.0, "pages are parked");
+            for name in ["grant_mappings_parked", "netback_uplink_in_flight"] {
+                let left = after.need(name, &[])?;
+                ensure!(left == 0.0, "{name} {left}");
+            }
             Ok(text)
         });
         if made.is_ok() {
