@@ -10,10 +10,12 @@ mod capture;
 mod console;
 mod editor;
 mod metrics;
+mod options;
 mod shell;
 mod sink;
 mod store;
 mod toolstack;
+mod uplink;
 mod withdrawal;
 
 use core::num::NonZeroUsize;
@@ -22,7 +24,7 @@ use evtchn::{Channel, Eoi, Upcalls, Work};
 use features::Features;
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
-use netback::datapath::{Arch, Facts, Policy};
+use netback::datapath::{Arch, Datapaths, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug};
 use runtime::{BootInfo, Hv, Sleep};
@@ -37,9 +39,11 @@ use xenbus::client::Event;
 
 use crate::capture::Capture;
 use crate::console::Console;
+use crate::options::Options;
 use crate::sink::Tally;
 use crate::store::Store;
 use crate::toolstack::Toolstack;
+use crate::uplink::Uplink;
 
 runtime::entry!(run);
 
@@ -48,6 +52,8 @@ const PORTS: usize = 64;
 /// 4 KiB and 64 KiB packet buffers: 12 MiB of the 32 that this dom0 is to run in.
 const SMALL_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1535);
 const LARGE_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(95);
+/// Cleaning caches by a guest's page's second appearance takes a mapping of it there, which this machine has not.
+const ALLOWED: Datapaths = Datapaths::all().difference(Datapaths::MAP_IDENTITY);
 /// Where pages are served, and requests served at once.
 const HTTP: (u16, usize) = (80, 4);
 /// Streams taken at once.
@@ -60,6 +66,7 @@ struct Dom0 {
     mapper: Mapper<Hv>,
     store: Store,
     backend: Backend<Hv>,
+    uplink: Option<Uplink>,
     toolstack: Toolstack,
     station: Station,
     http: http::Server,
@@ -89,12 +96,16 @@ impl Dom0 {
     fn new(hv: Hv, boot: &BootInfo) -> Result<Self, Errno> {
         let features = Features::read(&hv)?;
         log::info!("dom0: {} KiB of memory, features {}", boot.memory / 1024, features.snapshot());
+        let options = Options::parse(boot.bootargs, |word| {
+            log::info!("dom0: nothing is done about {word} on the command line");
+        });
         let now = runtime::now();
         let upcalls = Upcalls::new(&hv, VcpuId(0));
         let binder = upcalls.binder();
         let sleep = Sleep::new(&binder)?;
         let mapper = Mapper::new(&hv);
         let mut store = Store::new(hv);
+        let nic = uplink::find(&hv, options.nic);
         let config = Config {
             max_queues: 4,
             small_buffers: SMALL_BUFFERS,
@@ -104,8 +115,8 @@ impl Dom0 {
             switch: SwitchLimits::default(),
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
             seed: Seed(now.0.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15, now.0),
-            facts: Facts::probe(&hv, Arch::Arm, false, None),
-            policy: Policy::default(),
+            facts: Facts::probe(&hv, Arch::Arm, false, nic.as_ref().map(uplink::facts)),
+            policy: Policy { allowed: ALLOWED, ..Policy::default() },
         };
         let mut backend =
             Backend::new(&hv, binder.clone(), mapper.clone(), &mut store.client, config)?;
@@ -134,6 +145,7 @@ impl Dom0 {
             mapper,
             store,
             backend,
+            uplink: nic.map(Uplink::new),
             toolstack,
             station,
             http,
@@ -169,8 +181,13 @@ impl Dom0 {
                 capture.record(packet.bytes(), now);
             }
         });
+        more |= self.uplink.as_mut().is_some_and(|uplink| uplink.poll(&mut self.backend, now));
         more |= self.serve(now);
-        more |= self.console.poll(&mut self.store.client, now, || vifs::table(&self.backend));
+        more |= self.console.poll(&mut self.store.client, now, || {
+            let mut table = vifs::table(&self.backend);
+            table.extend(self.uplink.as_ref().map(Uplink::table));
+            table
+        });
         for notice in self.backend.take_notices() {
             notices::tell(&notice);
             more = true;
@@ -201,13 +218,13 @@ impl Dom0 {
 
     /// The station's turn; says whether it sent anything.
     fn serve(&mut self, now: Instant) -> bool {
-        let Self { hv, mapper, store, station, http, sink, upcalls, backend, .. } = self;
+        let Self { hv, mapper, store, station, http, sink, upcalls, backend, uplink, .. } = self;
         station.poll(backend, now, |sockets, backend, lost| {
             let sent = http.serve(sockets, |path| match path {
                 "/" => Some(Reply::Page("/metrics\n/stream\n".into())),
                 "/metrics" => {
                     let sources = Sources { backend, mapper, ports: upcalls.bound(), lost };
-                    Some(Reply::Page(metrics::page(hv, &sources, store, now)))
+                    Some(Reply::Page(metrics::page(hv, &sources, uplink.as_ref(), store, now)))
                 }
                 "/stream" => Some(Reply::Stream),
                 _ => None,
@@ -217,7 +234,8 @@ impl Dom0 {
     }
 
     fn deadline(&mut self, now: Instant) -> Instant {
-        [self.store.deadline(), self.station.deadline(now)]
+        let uplink = self.uplink.as_ref().and_then(Uplink::deadline);
+        [self.store.deadline(), self.station.deadline(now), uplink]
             .into_iter()
             .flatten()
             .fold(self.backend.deadline(now), Instant::min)

@@ -8,9 +8,16 @@ use services::exposition::Page;
 use services::metrics::{self, Sources};
 
 use crate::store::Store;
+use crate::uplink::Uplink;
 
 /// The page that `/metrics` answers with.
-pub(crate) fn page(hv: &Hv, sources: &Sources<'_, Hv>, store: &Store, now: Instant) -> String {
+pub(crate) fn page(
+    hv: &Hv,
+    sources: &Sources<'_, Hv>,
+    uplink: Option<&Uplink>,
+    store: &Store,
+    now: Instant,
+) -> String {
     let mut page = Page::new();
     if let Ok(info) = hv.domain_info(DomId(0)) {
         let name = "xen_domain_cpu_seconds_total";
@@ -22,6 +29,9 @@ pub(crate) fn page(hv: &Hv, sources: &Sources<'_, Hv>, store: &Store, now: Insta
     let uptime = format_args!("{}.{:03}", millis / 1000, millis % 1000);
     page.gauge("dom0_uptime_seconds", "Time since the machine's counter started.", uptime);
     metrics::write(&mut page, sources);
+    if let Some(uplink) = uplink {
+        uplink.metrics(&mut page);
+    }
     store_usage(&mut page, store);
     let heap = runtime::heap_stats();
     page.gauge("heap_used_bytes", "Memory in use.", heap.used);

@@ -17,7 +17,7 @@ ls [PATH]          the children of a node, with their values
 read PATH          the value of a node
 write PATH [VALUE] sets it; all after PATH and a blank is the value
 rm PATH            removes a node and all below it
-vifs               what all interfaces are at, and what they have carried
+vifs               what all interfaces are at, and what they and the network card have carried
 Paths are absolute, or below /local/domain/0. netback/withdrawn holds what netback is to do without.
 ";
 
