@@ -13,6 +13,8 @@ use crate::packet::Packet;
 const MAX_LEN: usize = 65_535;
 /// Bytes of a large buffer.
 const LARGE: usize = 16 * PAGE_SIZE;
+/// Buffers that a frame may take up: as many as a large buffer has pages, and one for a header that takes up a part.
+const MAX_BUFFERS: usize = LARGE / PAGE_SIZE + 1;
 /// Bytes of an Ethernet header.
 const ETHERNET: usize = 14;
 
@@ -79,7 +81,9 @@ impl<H: Hypervisor> Receiver<H> {
         counters: &mut UplinkCounters,
     ) -> Option<Packet<H>> {
         self.posted = self.posted.saturating_sub(1);
-        let Received { header, len, buffer: Buffer { packet, .. } } = received;
+        let Received { header, len, buffer: Buffer { mut packet, .. } } = received;
+        // It has been with the card since long ago, and a guest is not given what has waited too long.
+        packet.arrived = now;
         let fits = len <= packet.len();
         if let Some(mut merging) = self.merging.take() {
             merging.left = merging.left.saturating_sub(1);
@@ -98,7 +102,8 @@ impl<H: Hypervisor> Receiver<H> {
             return Some(packet);
         }
         let buffers = if offers.contains(Offers::MERGE) { header.num_buffers } else { 1 };
-        if buffers == 0 {
+        // More than the longest frame takes: there is no telling where the next one begins, but for trying.
+        if buffers == 0 || usize::from(buffers) > MAX_BUFFERS {
             counters.receive_drops.bad_header += 1;
             return None;
         }
@@ -112,8 +117,6 @@ impl<H: Hypervisor> Receiver<H> {
         let mut merging = Merging { packet: None, header, filled: 0, left: buffers - 1 };
         if !fits {
             counters.receive_drops.bad_length += 1;
-        } else if usize::from(buffers) > LARGE / PAGE_SIZE + 1 {
-            counters.receive_drops.bad_header += 1;
         } else {
             merging.packet = backend.packet(LARGE, now);
             counters.receive_drops.no_buffer += u64::from(merging.packet.is_none());
