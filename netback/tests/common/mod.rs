@@ -221,8 +221,13 @@ impl Machine {
     }
 
     pub fn with(config: Config) -> Self {
+        Self::in_domain(DomainConfig::dom0(), config)
+    }
+
+    /// With a domain 0 that is like this.
+    pub fn in_domain(domain: DomainConfig, config: Config) -> Self {
         let sim = Sim::new();
-        let hv = sim.create(DomainConfig::dom0());
+        let hv = sim.create(domain);
         let upcalls = Upcalls::new(&hv, hypercall::VcpuId(0));
         let mapper = Mapper::new(&hv);
         let mut server = Server::new(Quotas::default());
