@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 
 use hypercall::Instant;
+use netback::offload::checksum;
 use netfront::Meta;
 use netif::mac::MacAddr;
 use netif::offload::{Checksum, Gso, IpVersion};
@@ -187,7 +188,9 @@ fn wrap(packet: &mut [u8], flow: u16) {
     put(packet, ip + 4, &[0, 0, 0x40, 0, 64, 6, 0, 0, 10, 9, 0, 1, 10, 9, 0, 2]);
     put(packet, tcp, &flow.to_be_bytes());
     put(packet, tcp + 2, &ETHERTYPE);
-    put(packet, tcp + 4, &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+    put(packet, tcp + 4, &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 0xff, 0xff, 0, 0, 0, 0]);
+    // What is left blank has the pseudo-header's sum.
+    let _ = checksum::blank(packet);
 }
 
 /// The frame in a packet that [`wrap`] made, if it is one; `None` if its headers have changed.

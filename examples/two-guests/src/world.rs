@@ -5,7 +5,7 @@ use grant::Mapper;
 use hypercall::{DomId, Instant};
 use netback::datapath::Datapaths;
 use netback::{Backend, Notice, VifId, VifStatus};
-use sim::{DmaDevice, DomainConfig, Ledger, Sim, SimHv};
+use sim::{DomainConfig, Ledger, Sim, SimHv};
 use xenbus::client::{Change, Client};
 use xenbus::server::{ConnId, Quotas, Server};
 
@@ -123,8 +123,7 @@ impl World {
         let sim = Sim::new();
         let dom0 = if config.driver_domain { DomainConfig::dom0() } else { config.domain };
         let dom0 = sim.create(dom0);
-        let card = DmaDevice::new(&sim, dom0.id(), config.card);
-        let uplink = Uplink::new(dom0.clone(), card);
+        let uplink = Uplink::new(&sim, dom0.clone(), &config);
         let mut server = Server::new(Quotas::default());
         let toolstack = (server.connect(DomId(0), true), Client::new());
         let mut random = Random::new(config.seed);
@@ -339,12 +338,13 @@ impl World {
         let now = self.now;
         let frozen = &self.frozen;
         let backend = self.backend.as_ref().filter(|_| !frozen.contains(&Actor::Backend));
+        let uplink = backend.and_then(|_| self.uplink.deadline());
         let backend = backend.map(|domain| domain.backend.deadline(now));
         let outside = self.outside.deadline(now);
         let guests = (0..).zip(&mut self.guests);
         let guests = guests.filter(|(index, _)| !frozen.contains(&Actor::Guest(*index)));
         let guests = guests.filter_map(|(_, guest)| guest.as_mut()?.deadline(now));
-        guests.chain(backend).chain(outside).min()
+        guests.chain(backend).chain(outside).chain(uplink).min()
     }
 
     fn turn(&mut self, actor: Actor) -> bool {
@@ -367,6 +367,7 @@ impl World {
                 let mac = self.mac(Place::Outside);
                 let nic = &mut self.uplink;
                 let some = self.outside.turn(&mut Outside { nic, mac }, now);
+                self.uplink.receive();
                 some | self.uplink.is_busy()
             }
         }

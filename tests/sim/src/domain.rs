@@ -24,6 +24,8 @@ pub struct DomainConfig {
     pub features: u32,
     /// `GNTTABOP_cache_flush` exists.
     pub cache_flush: bool,
+    /// And it does nothing, though it says that it has: for those who mean to go wrong.
+    pub flushes_nothing: bool,
     /// Virtual CPUs it has.
     pub vcpus: u32,
     /// Pages it may have.
@@ -59,6 +61,7 @@ impl DomainConfig {
             direct_mapped: false,
             features: 0x1_6005,
             cache_flush: true,
+            flushes_nothing: false,
             vcpus: 1,
             pages: 1 << 16,
             windows: 8192,
@@ -178,6 +181,7 @@ pub(crate) struct Domain {
     pub(crate) handle: Arc<Handle>,
     pub(crate) privileged: bool,
     pub(crate) cache_flush: bool,
+    pub(crate) flushes_nothing: bool,
     pub(crate) vcpus: u32,
     pub(crate) dying: bool,
     /// How often it was resumed with everything new.
@@ -208,6 +212,7 @@ impl Domain {
             }),
             privileged: config.privileged,
             cache_flush: config.cache_flush,
+            flushes_nothing: config.flushes_nothing,
             vcpus: config.vcpus,
             dying: false,
             life: 0,

@@ -262,6 +262,9 @@ unsafe impl Hypervisor for SimHv {
         if !state.domains.get(&self.own.id).is_some_and(|domain| domain.cache_flush) {
             return Err(Errno::NOSYS);
         }
+        if state.domains.get(&self.own.id).is_some_and(|domain| domain.flushes_nothing) {
+            return Ok(());
+        }
         let looked_at = entered.fails.map_or(usize::MAX, |(done, _)| done);
         for op in ops.iter().take(looked_at) {
             let end = usize::from(op.offset) + usize::from(op.length);

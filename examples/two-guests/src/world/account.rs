@@ -34,7 +34,7 @@ impl World {
         for guest in self.guests() {
             text += &format!("guest {}: {:?}\n", guest.id(), guest.nic.frontend().counters());
         }
-        text + &format!("network card: {} dropped, {:?}", self.uplink.dropped(), self.uplink.dma())
+        text + &format!("network card: {:?}, {:?}", self.uplink.counters(), self.uplink.dma())
     }
 
     /// Takes something away from the backend, under traffic.

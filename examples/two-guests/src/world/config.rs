@@ -8,6 +8,9 @@ use netback::datapath::{Arch, Facts, Nic, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use sim::{DmaConfig, DomainConfig};
 
+use crate::misrule::Misrule;
+use crate::uplink::CardConfig;
+
 /// How a machine is made.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -17,8 +20,12 @@ pub struct Config {
     pub backend: netback::Config,
     /// The domain that the backend is in.
     pub domain: DomainConfig,
-    /// Its network card.
+    /// How its network card gets at memory,
     pub card: DmaConfig,
+    /// and what else it can do.
+    pub nic: CardConfig,
+    /// What the backend is wrong about.
+    pub misrule: Option<Misrule>,
     /// Whether that is a domain of its own, which can die. Else it is domain 0.
     pub driver_domain: bool,
     /// Nanoseconds that pass while each domain has a turn.
@@ -43,6 +50,8 @@ impl Default for Config {
             },
             domain: Board::Arm.domain(),
             card: Board::Arm.card(),
+            nic: CardConfig::default(),
+            misrule: None,
             driver_domain: false,
             tick: 10_000,
         }
@@ -56,7 +65,7 @@ impl Config {
         let mut config = Self { seed, ..Self::default() };
         let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
         config.backend.small_buffers = buffers(256);
-        config.backend.large_buffers = buffers(8);
+        config.backend.large_buffers = buffers(16);
         config
     }
 }

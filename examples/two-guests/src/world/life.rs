@@ -7,7 +7,6 @@ use grant::Mapper;
 use hypercall::{DomId, Errno, VcpuId};
 use netback::Backend;
 use netif::mac::MacAddr;
-use sim::DmaDevice;
 use xenbus::client::{Change, Client};
 
 use super::{BackendDomain, Place, World};
@@ -32,8 +31,7 @@ impl World {
             DomId(0) => self.server.connect(DomId(0), true),
             id => self.server.introduce(id),
         };
-        let card = DmaDevice::new(&self.sim, hv.id(), self.config.card);
-        self.uplink = Uplink::new(hv.clone(), card);
+        self.uplink = Uplink::new(&self.sim, hv.clone(), &self.config);
         let upcalls = Upcalls::new(&hv, VcpuId(0));
         let mapper = Mapper::new(&hv);
         let mut client = Client::new();
