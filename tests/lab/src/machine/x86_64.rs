@@ -34,7 +34,7 @@ impl Plan for Board<'_> {
         // leaving a guest, the guest dies of a triple fault.
         command
             .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+svm,+npt"])
-            .args(["-smp", "2", "-m", "4096", "-nic", "none"])
+            .args(["-smp", "3", "-m", "4096", "-nic", "none"])
             .arg("-kernel")
             .arg(&self.images.xen)
             .arg("-append")

@@ -62,12 +62,12 @@ impl Rate {
 }
 
 /// 64 MiB from a Linux domain to another's port 5001.
-fn sink(run: &Run, from: usize, to: usize) -> Result<Rate> {
+pub fn sink(run: &Run, from: usize, to: usize) -> Result<Rate> {
     Rate::of(&run.good(from, &format!("sink {}", at(to)), 170)?)
 }
 
 /// 64 MiB to a Linux domain from another's port 5002.
-fn source(run: &Run, to: usize, from: usize) -> Result<Rate> {
+pub fn source(run: &Run, to: usize, from: usize) -> Result<Rate> {
     Rate::of(&run.good(to, &format!("source {} {FILE} {to}", at(from)), 170)?)
 }
 

@@ -8,7 +8,7 @@ use crate::boot;
 use crate::console::Source;
 use crate::metrics::Metrics;
 use crate::run::{Run, Tally};
-use crate::scenario::transfer::{at, exchange, pings, pings_ours};
+use crate::scenario::transfer::{Rate, at, pings, pings_ours, report, sink, source};
 
 /// The stock Linux guests, and ours.
 const PVH: usize = 1;
@@ -20,9 +20,8 @@ const DRIVER: usize = 4;
 const BACKEND: &str = "dom4";
 /// All guests and their kinds.
 const GUESTS: [(usize, &str); 3] = [(PVH, "pvh"), (PV, "pv"), (OURS, "guest")];
-/// All pairs with a Linux guest first, and what figures call them.
-const PAIRS: [(usize, usize, &str); 3] =
-    [(PVH, PV, "pvh_pv"), (PVH, OURS, "pvh_guest"), (PV, OURS, "pv_guest")];
+/// All pairs with a Linux guest first.
+const PAIRS: [(usize, usize); 3] = [(PVH, PV), (PVH, OURS), (PV, OURS)];
 /// What has to be the same after a guest was there.
 const HELD: &[&str] = &["evtchn_ports_bound", "netback_frames_free"];
 /// What nobody may leave behind.
@@ -42,9 +41,7 @@ pub fn test(scenario: &'static str) -> Result<Tally> {
     let mut run = Run::start(scenario, &made.board(""))?;
     if dom0_up(&mut run) && created(&mut run, DRIVER, "driver", "none", "") && guests(&mut run) {
         all_pings(&mut run);
-        for (one, other, figure) in PAIRS {
-            pair(&mut run, one, other, &format!("driver_{figure}"));
-        }
+        transfers(&mut run);
         let ours = keys::of(&run, PVH, "back", "driver");
         reconnects(&mut run);
         destroyed_guest(&mut run);
@@ -54,12 +51,10 @@ pub fn test(scenario: &'static str) -> Result<Tally> {
     run.finish(scenario)
 }
 
-/// Everybody is there.
+/// Everybody is there. What Linux does once it is up, the Linux guests do side by side.
 fn guests(run: &mut Run) -> bool {
-    GUESTS.iter().all(|(domain, kind)| {
-        created(run, *domain, kind, BACKEND, "")
-            && (*kind == "guest" || has_interface(run, *domain))
-    })
+    GUESTS.iter().all(|(domain, kind)| created(run, *domain, kind, BACKEND, ""))
+        && [PVH, PV].into_iter().all(|domain| has_interface(run, domain))
 }
 
 fn has_interface(run: &mut Run, domain: usize) -> bool {
@@ -73,15 +68,27 @@ fn called(domain: usize) -> String {
 }
 
 fn all_pings(run: &mut Run) {
-    for (one, other, _) in PAIRS {
+    for (one, other) in PAIRS {
         pings(run, one, other, &format!("{}, from {}", called(other), called(one)), 100);
     }
     pings_ours(run, PVH, OURS, PV, "Linux PV", 100);
     pings(run, PVH, DRIVER, "the driver domain itself", 20);
 }
 
-fn pair(run: &mut Run, one: usize, other: usize, figure: &str) {
-    exchange(run, one, other, &format!("{}, by {}", called(other), called(one)), figure);
+/// 64 MiB between the guests of each pair: everybody sends once and receives once.
+fn transfers(run: &mut Run) {
+    let made = sink(run, PVH, PV);
+    linux_pair(run, made, "driver");
+    let made = sink(run, PV, OURS);
+    report(run, made, OURS, "64 MiB from Linux PV to our guest", "driver_pv_guest_mbit");
+    let made = source(run, PVH, OURS);
+    report(run, made, OURS, "64 MiB from our guest to Linux PVH", "driver_guest_pvh_mbit");
+}
+
+/// The transfer that is made on both backends.
+fn linux_pair(run: &mut Run, made: Result<Rate>, backend: &str) {
+    let name = format!("64 MiB from Linux PVH to Linux PV, on backend {backend}");
+    report(run, made, PV, &name, &format!("{backend}_pvh_pv_mbit"));
 }
 
 /// What the driver domain has of others and of its own.
@@ -201,15 +208,14 @@ fn destroyed_driver(run: &mut Run) {
         let name = format!("{} comes back to the new driver domain", called(domain));
         run.check(&name, Source::Dom(domain), made.map(|()| "connected".to_owned()));
     }
-    for (one, other, _) in PAIRS {
+    for (one, other) in PAIRS {
         let made = reached(run, one, other, 20);
         let name = format!("{} reaches {} through it", called(one), called(other));
         run.check(&name, Source::Dom(one), made);
     }
-    pair(run, PVH, PV, "new_driver_pvh_pv");
 }
 
-/// The same pairs on Linux's backend in dom0, and what the two backends have in the store.
+/// The same guests on Linux's backend in dom0, and what the two backends have in the store.
 fn compared(run: &mut Run, ours: Result<Vec<String>>) {
     for (domain, _) in GUESTS {
         let made = reattach(run, domain, "0").and_then(|()| comes_up(run, domain));
@@ -221,10 +227,11 @@ fn compared(run: &mut Run, ours: Result<Vec<String>>) {
         keys::compare(&ours, &linux, BACK_MORE, BACK_LESS)
     });
     run.check("our backend has the keys that Linux's has", Source::Dom(DRIVER), made);
-    for (one, other, figure) in PAIRS {
+    for (one, other) in PAIRS {
         let made = reached(run, one, other, 20);
         let name = format!("{} reaches {} through dom0", called(one), called(other));
         run.check(&name, Source::Dom(one), made);
-        pair(run, one, other, &format!("dom0_{figure}"));
     }
+    let made = sink(run, PVH, PV);
+    linux_pair(run, made, "dom0");
 }

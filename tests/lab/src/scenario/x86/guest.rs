@@ -7,7 +7,7 @@ use super::{Made, again, connected, created, dom0_up, linux_ready, name, reached
 use crate::boot;
 use crate::console::Source;
 use crate::run::{Run, Tally};
-use crate::scenario::transfer::{exchange, pings};
+use crate::scenario::transfer::{exchange, pings, report, sink};
 
 /// The guest with Linux.
 const LINUX: usize = 1;
@@ -54,7 +54,8 @@ pub fn test(scenario: &'static str) -> Result<Tally> {
             pings(&mut run, 0, domain, &what, 200);
             exchange(&mut run, 0, domain, &what, kind);
         }
-        exchange(&mut run, LINUX, OURS, "our guest, by Linux PVH", "pvh_guest");
+        let made = sink(&run, LINUX, OURS);
+        report(&mut run, made, OURS, "64 MiB from Linux PVH to our guest", "pvh_guest_mbit");
         negotiated(&mut run);
         nodes(&mut run);
         detached(&mut run);
