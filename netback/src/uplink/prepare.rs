@@ -156,7 +156,7 @@ impl<H: Hypervisor> Preparing<'_, H> {
             if cut.max_len() > self.max_frame {
                 return Err(Unfit::TooBig);
             }
-            return match self.by_card(&cut, gso, packet.len()) {
+            return match self.by_card(&cut, gso, packet) {
                 Some(header) => {
                     self.counters.offloads.card_segmented += 1;
                     Ok((header, None))
@@ -184,10 +184,11 @@ impl<H: Hypervisor> Preparing<'_, H> {
         Ok((NetHeader::default(), None))
     }
 
-    /// What the card is told of a packet that it can cut.
-    fn by_card(&self, cut: &Cut<'_>, gso: Gso, len: usize) -> Option<NetHeader> {
+    /// What the card is told of a packet that it can cut; it takes checksums as they are when they were left blank.
+    fn by_card(&self, cut: &Cut<'_>, gso: Gso, packet: &Packet<H>) -> Option<NetHeader> {
         let needed = Offers::CSUM | translate::segments(gso.version);
-        self.offers.contains(needed).then(|| NetHeader::segmentation(cut, gso, len))?
+        let can = self.offers.contains(needed) && packet.checksum == Checksum::Blank;
+        can.then(|| NetHeader::segmentation(cut, gso, packet.len()))?
     }
 
     /// Cuts a packet: writes the headers of all its segments, whose payload stays where it is.

@@ -4,7 +4,7 @@ use netback::uplink::{GsoType, HeaderFlags, NetHeader, Offers, ReceiveDrops};
 use netfront::Meta;
 use netif::offload::{Checksum, Gso, IpVersion};
 
-use crate::common::{MS, frame};
+use crate::common::{MS, SECOND, frame};
 use crate::frames::{Ip, Kind, OUTSIDE, gso};
 use crate::{Board, World};
 
@@ -138,6 +138,18 @@ fn frames_are_received_where_they_stay() {
     assert_eq!(calls.bytes_copied(), 10 * 1514);
     assert_eq!(world.uplink.counters().arrived.bytes, 60 + 10 * 1514);
     assert_eq!(world.card().posted(), 32);
+}
+
+#[test]
+fn a_buffer_may_wait_long_for_its_frame() {
+    let mut world = World::new(Board::plain(), Offers::MERGE);
+    let bytes = frame(world.guest(), OUTSIDE, 1514, 1);
+    // Longer than a guest's packets may wait.
+    world.pass(30 * SECOND, SECOND);
+    assert!(world.card().deliver(NetHeader::default(), &bytes));
+    assert!(world.card().deliver(NetHeader::default(), &[&bytes[..], &bytes, &bytes].concat()));
+    world.settle();
+    assert_eq!(world.machine.guests[0].take().len(), 2);
 }
 
 /// What a card may say that makes no sense.
