@@ -1,4 +1,4 @@
-//! The last packets that were switched, kept in memory that a debugger on the outside can read.
+//! The last packets that were switched, or that went by the network card, kept in memory that a debugger on the outside can read.
 //!
 //! A dom0 on Arm is direct-mapped, so the frame that is printed at start is the machine frame. Layout: 32 bytes of header
 //! (magic, bytes ever written, capacity, offset of the oldest record, each 64 bits, little endian), then a circular
@@ -82,8 +82,9 @@ impl Capture {
         }
     }
 
-    pub(crate) fn record(&mut self, packet: &[u8], now: Instant) {
-        let kept = packet.get(..SNAP).unwrap_or(packet);
+    /// Keeps the beginning of a packet of `len` bytes, of which these are the first.
+    pub(crate) fn record(&mut self, first: &[u8], len: usize, now: Instant) {
+        let kept = first.get(..SNAP).unwrap_or(first);
         let size = RECORD + kept.len().next_multiple_of(4);
         let capacity = self.frame.size() - HEADER;
         // A mark that says "skip" needs a record's head of its own.
@@ -100,7 +101,7 @@ impl Capture {
             u32::try_from(nanos / 1_000_000_000).unwrap_or(u32::MAX),
             (nanos / 1_000 % 1_000_000) as u32,
             kept.len() as u32,
-            u32::try_from(packet.len()).unwrap_or(u32::MAX),
+            u32::try_from(len).unwrap_or(u32::MAX),
         ];
         for (index, word) in words.into_iter().enumerate() {
             self.put(self.next + index * 4, &word.to_le_bytes());

@@ -14,6 +14,7 @@ mod options;
 mod shell;
 mod sink;
 mod store;
+mod tap;
 mod toolstack;
 mod uplink;
 mod withdrawal;
@@ -137,6 +138,7 @@ impl Dom0 {
         let mut toolstack = Toolstack::new(hv);
         toolstack.start(&mut store, &binder, now);
         let capture = Capture::new(&hv);
+        let (capture, tap) = if options.capture_uplink { (None, capture) } else { (capture, None) };
         log::info!("dom0: ready");
         Ok(Self {
             hv,
@@ -145,7 +147,7 @@ impl Dom0 {
             mapper,
             store,
             backend,
-            uplink: nic.map(Uplink::new),
+            uplink: nic.map(|nic| Uplink::new(nic, tap)),
             toolstack,
             station,
             http,
@@ -178,7 +180,7 @@ impl Dom0 {
         let capture = &mut self.capture;
         more |= self.backend.poll(&mut self.store.client, now, |packet| {
             if let Some(capture) = capture {
-                capture.record(packet.bytes(), now);
+                capture.record(packet.bytes(), packet.len(), now);
             }
         });
         more |= self.uplink.as_mut().is_some_and(|uplink| uplink.poll(&mut self.backend, now));

@@ -11,7 +11,9 @@ use runtime::Hv;
 use runtime::virtio::{self, Net};
 use services::exposition::Page;
 
+use crate::capture::Capture;
 use crate::options;
+use crate::tap::Tap;
 
 /// Finds the network card, if there is one and it is wanted.
 pub(crate) fn find(hv: &Hv, wanted: options::Nic) -> Option<Net> {
@@ -43,16 +45,17 @@ pub(crate) fn facts(net: &Net) -> Nic {
 }
 
 /// The port.
-pub(crate) struct Uplink(uplink::Uplink<Hv, Net>);
+pub(crate) struct Uplink(uplink::Uplink<Hv, Tap>);
 
 impl Uplink {
-    pub(crate) fn new(net: Net) -> Self {
-        Self(uplink::Uplink::new(net, UplinkConfig::default()))
+    /// What goes by the card is recorded in `capture`, if there is one.
+    pub(crate) fn new(net: Net, capture: Option<Capture>) -> Self {
+        Self(uplink::Uplink::new(Tap { net, capture }, UplinkConfig::default()))
     }
 
     /// Carries packets both ways. Answers whether there is more to do at once.
     pub(crate) fn poll(&mut self, backend: &mut Backend<Hv>, now: Instant) -> bool {
-        self.0.card_mut().acknowledge();
+        self.0.card_mut().net.acknowledge();
         self.0.poll(backend, now)
     }
 

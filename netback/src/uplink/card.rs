@@ -64,6 +64,14 @@ pub struct Received<H: Hypervisor> {
     pub buffer: Buffer<H>,
 }
 
+impl<H: Hypervisor> Received<H> {
+    /// What there is of the frame in this buffer; nothing, if there is less room in it than the card says.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.buffer.packet.bytes().get(..self.len).unwrap_or_default()
+    }
+}
+
 /// A network card and its driver.
 ///
 /// Each piece that it is given says what is to be done before the device looks:

@@ -120,7 +120,20 @@ impl<H: Hypervisor> Outgoing<H> {
         head.into_iter().chain(rest)
     }
 
-    /// How many bytes that is.
+    /// Its first bytes, as far as they lie in memory of ours: all headers at least.
+    #[must_use]
+    pub fn first_bytes(&self) -> &[u8] {
+        let Source { packet, heads, layout, .. } = &*self.source;
+        let Some(layout) = layout else {
+            return packet.as_ref().map_or(&[], Packet::bytes);
+        };
+        let per_page = usize::from(layout.per_page.max(1));
+        let page = heads.get(self.index / per_page).map_or(&[][..], |(page, _)| page.bytes());
+        let start = self.index % per_page * usize::from(layout.stride);
+        page.get(start..start.saturating_add(layout.head.into())).unwrap_or_default()
+    }
+
+    /// How many bytes it has.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pieces().map(|piece| usize::from(piece.len)).sum()

@@ -6,6 +6,8 @@
 mod memory;
 mod net;
 mod queue;
+#[cfg(test)]
+mod software;
 
 #[cfg_attr(all(target_os = "none", target_arch = "aarch64"), path = "aarch64.rs")]
 #[cfg_attr(not(all(target_os = "none", target_arch = "aarch64")), path = "absent.rs")]

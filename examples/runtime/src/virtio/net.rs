@@ -358,3 +358,6 @@ impl<H: Hypervisor, T: Transport> fmt::Debug for Net<H, T> {
         write!(f, "Net({}, {})", self.mac, self.agreed)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,108 +4,21 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::vec::Vec;
 
-use hypercall::{Gfn, PAGE_SIZE};
+use hypercall::PAGE_SIZE;
 use sim::{DomainConfig, Sim, SimHv};
 
 use super::*;
+use crate::virtio::software::{Device, Found};
 
-/// What a device does with a queue.
-struct Device {
-    sim: Sim,
-    hv: SimHv,
-    areas: [u64; 3],
-    size: u16,
-    /// How much of the available ring it has taken, and how much it has given back.
-    taken: u16,
-    used: u16,
-    interrupts: u64,
-}
-
-/// A chain as the device finds it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-struct Found {
-    head: u16,
-    parts: Vec<Part>,
-}
-
-impl Device {
-    fn new<T>(sim: &Sim, hv: &SimHv, queue: &Queue<T>) -> Self {
-        let (areas, size) = (queue.areas(), queue.size());
-        Self { sim: sim.clone(), hv: hv.clone(), areas, size, taken: 0, used: 0, interrupts: 0 }
-    }
-
-    fn read<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        let offset = (at % PAGE_SIZE as u64) as usize;
-        assert!(self.sim.read(self.hv.id(), Gfn::of_address(at), offset, &mut bytes), "{at:#x}");
-        bytes
-    }
-
-    fn write(&self, at: u64, bytes: &[u8]) {
-        let offset = (at % PAGE_SIZE as u64) as usize;
-        assert!(self.sim.write(self.hv.id(), Gfn::of_address(at), offset, bytes), "{at:#x}");
-    }
-
-    fn read_u16(&self, at: u64) -> u16 {
-        u16::from_le_bytes(self.read(at))
-    }
-
-    /// The next chain of the available ring.
-    fn take(&mut self) -> Option<Found> {
-        let [table, available, _] = self.areas;
-        if self.read_u16(available + 2) == self.taken {
-            return None;
-        }
-        let head = self.read_u16(available + 4 + 2 * u64::from(self.taken % self.size));
-        self.taken = self.taken.wrapping_add(1);
-        let (mut parts, mut next) = (Vec::new(), Some(head));
-        while let Some(number) = next {
-            assert!(number < self.size && parts.len() <= self.size.into(), "a chain without end");
-            let at = table + 16 * u64::from(number);
-            let flags = self.read_u16(at + 12);
-            parts.push(Part {
-                address: u64::from_le_bytes(self.read(at)),
-                len: u32::from_le_bytes(self.read(at + 8)),
-                writable: flags & 2 != 0,
-            });
-            next = (flags & 1 != 0).then(|| self.read_u16(at + 14));
-        }
-        Some(Found { head, parts })
-    }
-
-    /// Says that it is done with something.
-    fn say(&mut self, id: u32, len: u32) {
-        let used = self.areas[2];
-        let at = used + 4 + 8 * u64::from(self.used % self.size);
-        self.write(at, &id.to_le_bytes());
-        self.write(at + 4, &len.to_le_bytes());
-        self.set_index(self.used.wrapping_add(1));
-    }
-
-    fn set_index(&mut self, index: u16) {
-        self.used = index;
-        self.write(self.areas[2] + 2, &index.to_le_bytes());
-    }
-
-    /// Gives back one chain, and raises the interrupt if that was asked for.
-    fn give(&mut self, head: u16, len: u32) {
-        self.say(head.into(), len);
-        let event = self.read_u16(self.areas[1] + 4 + 2 * u64::from(self.size));
-        self.interrupts += u64::from(event == self.used.wrapping_sub(1));
-    }
-
-    /// Wants to be told once the driver has queued `more` chains than now, and one beyond.
-    fn wish(&self, more: u16) {
-        let event = self.taken.wrapping_add(more);
-        self.write(self.areas[2] + 4 + 8 * u64::from(self.size), &event.to_le_bytes());
-    }
+fn device_of<T>(sim: &Sim, hv: &SimHv, queue: &Queue<T>) -> Device {
+    Device::new(sim, hv, queue.areas(), queue.size())
 }
 
 fn fresh<T>(size: u32) -> (Queue<T>, Device) {
     let sim = Sim::new();
     let hv = sim.create(DomainConfig::dom0());
     let queue = Queue::new(&hv, size, true, true).unwrap();
-    let device = Device::new(&sim, &hv, &queue);
+    let device = device_of(&sim, &hv, &queue);
     (queue, device)
 }
 
@@ -273,7 +186,7 @@ fn without_event_indices_the_flags_decide() {
     let sim = Sim::new();
     let hv = sim.create(DomainConfig::dom0());
     let mut queue = Queue::new(&hv, 8, false, true).unwrap();
-    let device = Device::new(&sim, &hv, &queue);
+    let device = device_of(&sim, &hv, &queue);
     push(&mut queue, parts(1, 1), ()).unwrap();
     assert!(queue.show());
     device.write(queue.areas()[2], &[1, 0]);
@@ -319,7 +232,7 @@ fn a_device_that_is_done_with_what_it_was_not_given_is_not_believed() {
         queue.clear();
         assert_eq!((queue.room(), queue.under_way()), (8, 0));
         // As new.
-        let mut device = Device::new(&device.sim, &device.hv, &queue);
+        let mut device = device.renewed();
         let head = push(&mut queue, parts(1, 8), "again").unwrap();
         let _ = queue.show();
         assert_eq!(device.take().unwrap().parts.len(), 8);
@@ -393,7 +306,7 @@ fn whatever_a_device_writes_each_token_comes_back_at_most_once_and_nothing_is_ma
                     assert!(held.len() - left.len() <= 1);
                     held.clear();
                     queue.clear();
-                    device = Device::new(&device.sim.clone(), &device.hv.clone(), &queue);
+                    device = device.renewed();
                 }
             }
         }
