@@ -93,7 +93,7 @@ impl Ip {
         frame.extend([0x12, 0x34, 0, 80]);
         if self.kind == Kind::Tcp {
             frame.extend([0xff, 0xff, 0xf0, 0, 0, 0, 0, 9]);
-            frame.extend([((20 + self.options) / 4 << 4) as u8, 0x99, 0xff, 0, 0, 0, 0, 0]);
+            frame.extend([((5 + self.options / 4) << 4) as u8, 0x99, 0xff, 0, 0, 0, 0, 0]);
             frame.extend(vec![1; self.options]);
         } else {
             frame.extend(len.to_be_bytes());

@@ -30,7 +30,9 @@ fn header(flags: HeaderFlags, ip: &Ip, gso: Option<Gso>) -> NetHeader {
 }
 
 /// What comes over the wire, what it needs to have been agreed on, and what the guest is to get.
-fn cases(dst: [u8; 6]) -> Vec<(NetHeader, Vec<u8>, Offers, Vec<u8>, Meta)> {
+type Case = (NetHeader, Vec<u8>, Offers, Vec<u8>, Meta);
+
+fn cases(dst: [u8; 6]) -> Vec<Case> {
     let meta = |checksum, gso| Meta { checksum, gso };
     let mut cases = Vec::new();
     for len in [14, 60, 1514, 4096] {
