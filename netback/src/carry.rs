@@ -337,8 +337,8 @@ impl<H: Hypervisor> Backend<H> {
                 PortId::LOCAL => (local, &mut switch_counters.local_full),
                 _ => (uplink, &mut switch_counters.uplink_full),
             };
-            let free = self.pools.free_like(&packet);
-            *full += u64::from(!queue.push(from, packet, free));
+            let taken = self.pools.can_spare(&packet) && queue.push(from, packet);
+            *full += u64::from(!taken);
             return;
         }
         let Self { vifs, pools, .. } = self;

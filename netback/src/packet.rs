@@ -323,6 +323,12 @@ impl<H: Hypervisor> Pools<H> {
         if packet.is_large() { self.large.free() } else { self.small.free() }
     }
 
+    /// Whether enough buffers of the packet's size are free for it to wait: the last eighth is for packets that go on at once.
+    pub(crate) fn can_spare(&self, packet: &Packet<H>) -> bool {
+        let PoolUse { free, total } = if packet.is_large() { self.large() } else { self.small() };
+        free >= total / 8
+    }
+
     /// Use of the 4 KiB buffers.
     #[must_use]
     pub fn small(&self) -> PoolUse {

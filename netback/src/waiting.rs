@@ -18,27 +18,22 @@ pub(crate) struct Waiting<H: Hypervisor> {
     packets: VecDeque<(PortId, Packet<H>)>,
     /// How many there are of each port.
     shares: Vec<u16>,
-    /// How many of them are in buffers of 64 KiB.
-    large: usize,
 }
 
 impl<H: Hypervisor> Waiting<H> {
     pub(crate) fn new(max_vifs: u16) -> Self {
         let ports = usize::from(PortId::OWN) + usize::from(max_vifs);
-        Self { packets: VecDeque::with_capacity(PACKETS), shares: vec![0; ports], large: 0 }
+        Self { packets: VecDeque::with_capacity(PACKETS), shares: vec![0; ports] }
     }
 
-    /// Takes a packet, while so many buffers of its size are free; `false`, and the packet is gone, if it finds no room.
-    pub(crate) fn push(&mut self, from: PortId, packet: Packet<H>, free: usize) -> bool {
+    /// Takes a packet; `false`, and the packet is gone, if it finds no room.
+    pub(crate) fn push(&mut self, from: PortId, packet: Packet<H>) -> bool {
         let Some(share) = self.shares.get_mut(usize::from(from.0)) else { return false };
         let room = PACKETS.saturating_sub(self.packets.len());
-        let large = packet.is_large();
-        let alike = if large { self.large } else { self.packets.len() - self.large };
-        if usize::from(*share) >= room || alike > free {
+        if usize::from(*share) >= room {
             return false;
         }
         *share += 1;
-        self.large += usize::from(large);
         self.packets.push_back((from, packet));
         true
     }
@@ -46,7 +41,6 @@ impl<H: Hypervisor> Waiting<H> {
     pub(crate) fn pop(&mut self) -> Option<Packet<H>> {
         let (from, packet) = self.packets.pop_front()?;
         Self::leaves(&mut self.shares, from);
-        self.large -= usize::from(packet.is_large());
         Some(packet)
     }
 
@@ -62,7 +56,7 @@ impl<H: Hypervisor> Waiting<H> {
 
     /// Drops those that `keep` does not keep.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&mut Packet<H>) -> bool) {
-        let Self { packets, shares, large } = self;
+        let Self { packets, shares } = self;
         packets.retain_mut(|(from, packet)| {
             let kept = keep(packet);
             if !kept {
@@ -70,6 +64,5 @@ impl<H: Hypervisor> Waiting<H> {
             }
             kept
         });
-        *large = packets.iter().filter(|(_, packet)| packet.is_large()).count();
     }
 }

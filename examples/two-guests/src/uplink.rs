@@ -32,7 +32,7 @@ pub struct CardConfig {
 impl Default for CardConfig {
     fn default() -> Self {
         let tcp = Offers::CSUM | Offers::TSO4 | Offers::TSO6;
-        Self { offers: tcp | Offers::RX_CSUM, buffers: 16 }
+        Self { offers: tcp | Offers::RX_CSUM, buffers: 64 }
     }
 }
 

@@ -25,8 +25,7 @@ fn frames(config: Config) -> World {
 }
 
 fn assert_clean(world: &World, tally: Tally) {
-    let drops: Vec<_> = (0..2).filter_map(|guest| world.vif(guest)).collect();
-    assert!(tally.is_clean(), "{tally}\n{drops:#?}");
+    assert!(tally.is_clean(), "{tally}\n{}", world.drops());
     assert_eq!(world.sim.violations(), Vec::<String>::new());
 }
 

@@ -64,7 +64,7 @@ impl Config {
     pub fn small(seed: u64) -> Self {
         let mut config = Self { seed, ..Self::default() };
         let buffers = |count| NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN);
-        config.backend.small_buffers = buffers(256);
+        config.backend.small_buffers = buffers(512);
         config.backend.large_buffers = buffers(16);
         config
     }

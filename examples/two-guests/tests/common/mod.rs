@@ -315,9 +315,10 @@ pub fn run(plan: Plan) -> Tally {
     for path in Datapath::ALL {
         println!("  {path:12} {:?}", flips.carried(path));
     }
+    // A driver that is held back for a while hands in no acknowledgements either.
     for path in plan.pair {
         let packets = flips.carried(path).packets;
-        assert!(packets > plan.flips as u64 / 4, "{packets} of {all} packets by {path}");
+        assert!(packets > plan.flips as u64 / 8, "{packets} of {all} packets by {path}");
     }
     let unused = Datapath::ALL
         .into_iter()

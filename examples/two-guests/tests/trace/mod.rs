@@ -23,6 +23,7 @@ pub fn machine(seed: u64, board: Board, driver_domain: bool, first_index: u32) -
     config.backend.small_buffers = buffers(64);
     config.backend.large_buffers = buffers(4);
     config.backend.max_queues = 1;
+    config.nic.buffers = 16;
     config.backend.policy.settle = MS / 10;
     let mut world = World::new(config);
     for (number, static_grants) in [(1, false), (2, true)] {
