@@ -105,6 +105,8 @@ impl<H: Hypervisor, C: Card<H>> Uplink<H, C> {
             left -= 1;
             if let Some(packet) = receiver.take(received, offers, backend, now, counters) {
                 backend.send_uplink(packet, now);
+                // Whom it is for gets it when the backend is polled again.
+                more = true;
             }
         }
         more |= left == 0;
