@@ -83,20 +83,22 @@ impl<H: Hypervisor, C: Card<H>> Uplink<H, C> {
         }
     }
 
-    /// Carries packets both ways. Answers whether there is more to do at once.
+    /// Carries packets both ways. Answers whether there is more to do at once, here or in the backend: what came is to be
+    /// delivered there, and what has gone out to be answered.
     pub fn poll(&mut self, backend: &mut Backend<H>, now: Instant) -> bool {
+        let had = self.in_flight();
         if !self.is_well(backend, now) {
             self.deadline = self.stuck;
             return false;
         }
         let Self { card, config, sender, receiver, counters, .. } = self;
         sender.take_back(card, now);
+        let answered = sender.flight.len() < had;
         let hold = backend.config.policy.hold;
         if sender.holds_since().is_some_and(|since| now >= since.after(hold)) {
             sender.let_go(backend, counters);
         }
         let (sent, stopped) = sender.send(card, backend, config, counters, now);
-        let mut more = stopped == Stopped::Budget;
         let offers = card.offers();
         let mut left = BUDGET;
         while left > 0
@@ -105,11 +107,9 @@ impl<H: Hypervisor, C: Card<H>> Uplink<H, C> {
             left -= 1;
             if let Some(packet) = receiver.take(received, offers, backend, now, counters) {
                 backend.send_uplink(packet, now);
-                // Whom it is for gets it when the backend is polled again.
-                more = true;
             }
         }
-        more |= left == 0;
+        let more = stopped == Stopped::Budget || answered || left < BUDGET;
         let (posted, starved) = receiver.post(card, backend, config.buffers.into(), now);
         if sent || posted {
             card.publish();

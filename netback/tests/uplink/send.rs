@@ -1,7 +1,7 @@
 //! How packets get to the card.
 
 use netback::datapath::{Datapath, Withdrawal};
-use netback::uplink::{Offers, UplinkConfig};
+use netback::uplink::{NetHeader, Offers, UplinkConfig};
 use netfront::Meta;
 use netif::offload::{Checksum, IpVersion};
 
@@ -40,6 +40,26 @@ fn a_packet_is_cut_where_it_lies() {
     assert_eq!((sent.packets, sent.frames), (1, 42));
     assert_eq!(sent.bytes, expected.iter().map(|frame| frame.len() as u64).sum::<u64>());
     assert_eq!(world.uplink.counters().offloads.segments, 42);
+    world.assert_right();
+}
+
+#[test]
+fn what_came_and_what_has_gone_out_are_more_for_the_backend_to_do() {
+    let mut world = World::new(Board::plain(), Offers::empty());
+    let poll = |world: &mut World| world.uplink.poll(&mut world.machine.backend, world.machine.now);
+    assert!(!poll(&mut world));
+    let bytes = frame(world.guest(), OUTSIDE, 60, 1);
+    assert!(world.card().deliver(NetHeader::default(), &bytes));
+    assert!(poll(&mut world) && !poll(&mut world));
+    world.card().held = true;
+    world.send(&frame(OUTSIDE, world.guest(), 1514, 3), Meta::default());
+    world.settle();
+    assert_eq!((world.uplink.in_flight(), world.machine.backend.open()), (1, 1));
+    world.card().held = false;
+    assert!(world.card().run());
+    // The guest's slot is answered when the backend is polled again, and not before.
+    assert!(poll(&mut world) && !poll(&mut world));
+    world.settle();
     world.assert_right();
 }
 
