@@ -42,6 +42,18 @@ pub struct Run {
     figures: BTreeMap<String, f64>,
 }
 
+/// Lines of a log that a failure shows.
+const SHOWN: usize = 12;
+
+/// The last lines of a log, for those who see the output and not the file.
+fn ending(file: &Path) -> String {
+    let text = fs::read(file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<_> = text.lines().map(str::trim_end).filter(|l| !l.is_empty()).collect();
+    let last = lines.iter().skip(lines.len().saturating_sub(SHOWN));
+    last.map(|line| format!("\n         | {line}")).collect()
+}
+
 /// A step that has been started in a domain.
 pub struct Step {
     domain: usize,
@@ -112,8 +124,8 @@ impl Run {
         let text = match made {
             Ok(text) => text,
             Err(error) => {
-                let file = paths::shown(&self.dir.join(log.log()));
-                format!("{error:#}\n         read {file}")
+                let file = self.dir.join(log.log());
+                format!("{error:#}\n         read {}{}", paths::shown(&file), ending(&file))
             }
         };
         let seconds = self.age().as_secs();
