@@ -17,6 +17,10 @@ use xenbus::wire::interface;
 const STORE_FRAME: Gfn = Gfn(0x39001);
 /// Rounds of reading and answering in which a single guest is served before the others have their turn.
 const ROUNDS: usize = 8;
+/// Nanoseconds after which a ring is looked at though no event came. Linux's client (xenbus_comms.c, `xb_write`) moves its
+/// index and looks at ours with no barrier between the two, so it may take us for busy when we have just gone to sleep, and
+/// then waits for ever.
+const LOOK: u64 = 250_000_000;
 
 /// Why a guest could not be joined to the store.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +51,8 @@ struct Guest {
     /// An event came, and its channel is still masked.
     event: bool,
     ready: bool,
+    /// When it is looked at, whether an event comes or not.
+    look: Instant,
 }
 
 /// The store's server and all that is connected to it.
@@ -81,7 +87,12 @@ impl Store {
     }
 
     /// Gives a guest its ring. What the guest is to find in the store must be there already.
-    pub(crate) fn join(&mut self, domain: DomId, binder: &Binder<Hv>) -> Result<(), JoinError> {
+    pub(crate) fn join(
+        &mut self,
+        domain: DomId,
+        binder: &Binder<Hv>,
+        now: Instant,
+    ) -> Result<(), JoinError> {
         let call = |what| move |error| JoinError::Call { what, error };
         let port = Self::port_of(&self.hv, domain)?;
         self.hv.populate(domain, STORE_FRAME).map_err(call("giving it a store page"))?;
@@ -98,7 +109,7 @@ impl Store {
         channel.notify().map_err(call("waking it"))?;
         self.guests.insert(
             domain,
-            Guest { ring, channel, conn, input: Vec::new(), event: false, ready: true },
+            Guest { ring, channel, conn, input: Vec::new(), event: false, ready: true, look: now },
         );
         Ok(())
     }
@@ -120,10 +131,11 @@ impl Store {
         let mut more = self.poll_own();
         for (domain, guest) in &mut self.guests {
             let waiting = !self.server.pending_output(guest.conn).is_empty();
-            if !guest.ready && !waiting {
+            if !guest.ready && !waiting && now < guest.look {
                 guest.channel.open_if_due(now);
                 continue;
             }
+            guest.look = now.after(LOOK);
             match guest.serve(&mut self.server) {
                 Ok(Served { moved, more: again }) => {
                     more |= again;
@@ -140,7 +152,8 @@ impl Store {
                     guest.ready = false;
                     guest.ring.report(fault.interface_error());
                     let _ = guest.channel.notify();
-                    // Its port stays masked: there is nothing to hear from it until it asks for a new ring.
+                    // Its port stays masked: there is nothing to hear from it.
+                    guest.look = Instant(u64::MAX);
                 }
             }
         }
@@ -152,7 +165,8 @@ impl Store {
 
     /// When [`poll`](Self::poll) is to be called though no event comes.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.guests.values().filter_map(|guest| guest.channel.throttled_until()).min()
+        let due = |guest: &Guest| guest.channel.throttled_until().into_iter().chain([guest.look]);
+        self.guests.values().flat_map(due).min()
     }
 
     /// Everything our own client has to say and to hear.

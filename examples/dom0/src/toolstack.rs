@@ -145,7 +145,7 @@ impl Toolstack {
             store.client.commit(changes);
             // The nodes are to be there when the guest begins to look.
             while store.poll(now) {}
-            match store.join(domain, binder) {
+            match store.join(domain, binder, now) {
                 Ok(()) => {
                     log::info!(
                         "domain {domain}: introduced, {} vCPUs, {} pages",

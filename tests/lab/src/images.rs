@@ -60,7 +60,7 @@ pub struct XlImages {
 const STEPS: &[(&str, &str)] = &embedded!("steps":
     "abuse" "at" "away" "bg" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "fetch" "file" "files" "filesum" "flow"
     "garbage" "get" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "services" "settle" "sha" "sink" "sinks" "source"
-    "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "up" "urecv" "usend"
+    "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "untold" "up" "urecv" "usend"
 );
 
 /// The steps that only a dom0 with xl can take.
