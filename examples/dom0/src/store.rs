@@ -20,7 +20,7 @@ const ROUNDS: usize = 8;
 /// Nanoseconds after which a ring is looked at though no event came. Linux's client (xenbus_comms.c, `xb_write`) moves its
 /// index and looks at ours with no barrier between the two, so it may take us for busy when we have just gone to sleep, and
 /// then waits for ever.
-const LOOK: u64 = 250_000_000;
+const LOOK: u64 = 1_000_000_000;
 
 /// Why a guest could not be joined to the store.
 #[derive(Debug, thiserror::Error)]
