@@ -185,7 +185,7 @@ fn destroyed_guest(run: &mut Run) {
         run.good(0, &format!("xl destroy dom{PV}"), 100)?;
         run.good(PVH, "bgruns file", 20).context("the transfer ended before the guest did")?;
         let made = returned(run, &without, "destroyed-after");
-        run.step(PVH, "bgend file", 60)?;
+        run.step(PVH, "bgcut file", 20)?;
         made
     });
     let name = "nothing stays in the driver domain of a guest destroyed in mid-transfer";
