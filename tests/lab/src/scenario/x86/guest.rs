@@ -3,7 +3,9 @@
 use anyhow::{Result, ensure};
 
 use super::keys::{self, Allowed};
-use super::{Made, again, connected, created, dom0_up, linux_ready, name, reached, reattach};
+use super::{
+    Made, again, connected, created, dom0_up, linux_ready, name, reached, reattach, ten_times,
+};
 use crate::boot;
 use crate::console::Source;
 use crate::run::{Run, Tally};
@@ -90,23 +92,7 @@ fn nodes(run: &mut Run) {
 
 /// The vif is taken away and given back, five times at rest and five times under traffic.
 fn detached(run: &mut Run) {
-    for what in ["at rest", "under traffic"] {
-        let made = (1..=5).try_fold(Vec::new(), |mut times, number| {
-            let busy = what == "under traffic";
-            if busy {
-                run.good(0, &format!("bg flood /usr/bin/ping -q -f -s 1000 10.9.0.1{OURS}"), 20)?;
-            }
-            let made = again(run, OURS, "0");
-            if busy {
-                run.step(0, "bgend flood", 60)?;
-            }
-            times.push(made.map_err(|error| error.context(format!("time {number}")))?);
-            anyhow::Ok(times)
-        });
-        let made = made.map(|times| times.join(", "));
-        let name = format!("our guest's vif goes and comes back five times {what}");
-        run.check(&name, Source::Dom(OURS), made);
-    }
+    ten_times(run, OURS, (0, OURS), |run| again(run, OURS, "0"));
 }
 
 /// Linux's backend is taken out of dom0's kernel and brought back.

@@ -124,6 +124,33 @@ fn again(run: &Run, domain: usize, backend: &str) -> Result<String> {
     Ok(format!("{:.1} s", (run.age() - started).as_secs_f64()))
 }
 
+/// A vif of a guest goes and comes back, five times at rest and five times while one domain floods another with pings.
+fn ten_times(
+    run: &mut Run,
+    domain: usize,
+    (from, to): (usize, usize),
+    again: impl Fn(&Run) -> Result<String>,
+) {
+    for what in ["at rest", "under traffic"] {
+        let busy = what == "under traffic";
+        let made = (1..=5).try_fold(Vec::new(), |mut times, number| {
+            if busy {
+                let flood = format!("bg flood /usr/bin/ping -q -f -s 1000 10.9.0.1{to}");
+                run.good(from, &flood, 20)?;
+            }
+            let made = again(run);
+            if busy {
+                run.step(from, "bgend flood", 60)?;
+            }
+            times.push(made.with_context(|| format!("time {number}"))?);
+            anyhow::Ok(times)
+        });
+        let made = made.map(|times| times.join(", "));
+        let name = format!("the vif of dom{domain} goes and comes back five times {what}");
+        run.check(&name, Source::Dom(domain), made);
+    }
+}
+
 /// As soon as a domain answers pings of another, it answers all of them.
 fn reached(run: &Run, from: usize, to: usize, count: u32) -> Result<String> {
     run.good(from, &format!("reach {}", at(to)), 120)?;
