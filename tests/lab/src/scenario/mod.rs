@@ -55,8 +55,8 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         name: "uplink-aarch64",
-        about: "this project's dom0 with a NIC, by which two Linux guests reach servers outside (on demand)",
-        by_default: false,
+        about: "this project's dom0 with a NIC, by which two Linux guests reach servers outside",
+        by_default: true,
         test: uplink::test,
         boot: uplink::boot,
     },
