@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::cpio::Tree;
 use crate::elf;
+use crate::hypervisor;
 use crate::packages::{self, GUEST, LINUX_DOM0, Packages, XL};
 use crate::paths;
 use crate::ui::Task;
@@ -30,7 +31,7 @@ const AMD64: Arch =
 
 /// What a boot on aarch64 needs, ready on disk.
 pub struct Images {
-    /// Debian's Xen.
+    /// Xen: [the one that was chosen](hypervisor::chosen).
     pub xen: PathBuf,
     /// Debian's kernel.
     pub linux: PathBuf,
@@ -74,7 +75,7 @@ pub fn prepare(with_linux_dom0: bool) -> Result<Images> {
     let guest = store("guest", &source.guest()?)?;
     let linux_dom0 = with_linux_dom0.then(|| store("linux-dom0", &source.dom0()?)).transpose()?;
     Ok(Images {
-        xen: source.root.join("boot/xen-4.17-arm64"),
+        xen: hypervisor::chosen().image(source.root.join("boot/xen-4.17-arm64"))?,
         linux: source.linux(),
         guest,
         linux_dom0,

@@ -9,6 +9,7 @@ mod elf;
 mod fdt;
 mod fuzz;
 mod host;
+mod hypervisor;
 mod images;
 mod machine;
 mod metrics;
@@ -26,10 +27,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
+use hypervisor::Xen;
 use run::Tally;
+use scenario::Scenario;
 
 /// Real Xen in QEMU: this project's dom0 with unmodified Linux guests.
 #[derive(Parser)]
@@ -53,11 +56,17 @@ enum What {
     Boot {
         /// Its name, from `cargo lab list`
         scenario: String,
+        /// The hypervisor of scenarios on Arm
+        #[arg(long, value_enum)]
+        xen: Option<Xen>,
     },
     /// Run one scenario, or without a name everything
     Test {
         /// Its name, from `cargo lab list`
         scenario: Option<String>,
+        /// The hypervisor of scenarios on Arm, which alone are run then
+        #[arg(long, value_enum)]
+        xen: Option<Xen>,
     },
     /// Two guests and a backend in this process, from which features are taken under traffic: ten seconds to look at
     #[command(disable_help_flag = true)]
@@ -109,11 +118,11 @@ fn act(what: &What) -> Result<ExitCode> {
                 println!("{:<20} {}", scenario.name, scenario.about);
             }
         }
-        What::Boot { scenario } => {
-            let scenario = scenario::find(scenario)?;
+        What::Boot { scenario, xen } => {
+            let scenario = on(scenario::find(scenario)?, *xen)?;
             (scenario.boot)(scenario.name)?;
         }
-        What::Test { scenario } => return test(scenario.as_deref()),
+        What::Test { scenario, xen } => return test(scenario.as_deref(), *xen),
         What::Demo { flags } => return demo::run(flags),
         What::Fuzz { targets, seconds, input } => {
             return match (input, targets.as_slice()) {
@@ -126,13 +135,27 @@ fn act(what: &What) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn test(name: Option<&str>) -> Result<ExitCode> {
+/// A scenario, to be run on a Xen of choice.
+fn on(scenario: &'static Scenario, xen: Option<Xen>) -> Result<&'static Scenario> {
+    if let Some(xen) = xen {
+        ensure!(scenario.is_on_arm(), "{} runs on Debian's Xen alone", scenario.name);
+        hypervisor::choose(xen);
+    }
+    Ok(scenario)
+}
+
+fn test(name: Option<&str>, xen: Option<Xen>) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    let chosen: Vec<_> = match name {
-        Some(name) => vec![scenario::find(name)?],
-        None => {
+    let by_default = scenario::ALL.iter().filter(|s| s.by_default);
+    let chosen: Vec<_> = match (name, xen) {
+        (Some(name), _) => vec![on(scenario::find(name)?, xen)?],
+        (None, Some(_)) => by_default
+            .filter(|scenario| scenario.is_on_arm())
+            .map(|scenario| on(scenario, xen))
+            .collect::<Result<_>>()?,
+        (None, None) => {
             tally += host::test()?;
-            scenario::ALL.iter().filter(|s| s.by_default).collect()
+            by_default.collect()
         }
     };
     for scenario in chosen {

@@ -65,6 +65,9 @@ pub const XL: &[&str] = &[
     "libzstd1",
 ];
 
+/// The Debian that the lab's packages are of.
+const RELEASE: &str = "bookworm";
+
 /// A place to unpack packages of one architecture.
 pub struct Packages {
     arch: String,
@@ -136,6 +139,55 @@ pub fn cxx() -> Result<()> {
         install("a C++ compiler", "g++")?;
     }
     Ok(())
+}
+
+/// A program that something here is built with; its package is installed if it is missing.
+pub fn tool(program: &str, package: &str) -> Result<()> {
+    if paths::program(program).is_none() {
+        install(program, package)?;
+    }
+    Ok(())
+}
+
+/// Downloads a source package of this machine's Debian into an empty directory, with package lists of its own.
+pub fn download_source(name: &str, to: &Path) -> Result<()> {
+    ensure!(on_debian(), "Xen's source comes from Debian: run it on Debian 12, or in a container");
+    let task = Task::new(format!("downloading the source of {name}"));
+    let packages = Packages::new("source")?;
+    let lists = packages.dir.join("sources.list");
+    fs::write(&lists, deb_src(&index_targets()?))?;
+    let apt = || -> Result<Command> {
+        let mut command = packages.apt("apt-get")?;
+        command.arg("-o").arg(format!("Dir::Etc::SourceList={}", lists.display()));
+        command.args(["-o", "Dir::Etc::SourceParts=/dev/null", "-q"]);
+        Ok(command)
+    };
+    run(apt()?.arg("update"))?;
+    run(apt()?.current_dir(to).args(["--download-only", "source", name]))?;
+    task.done("downloaded");
+    Ok(())
+}
+
+/// Where this machine's binary packages come from: lines of a place, a release and a component.
+fn index_targets() -> Result<String> {
+    let format = "$(REPO_URI) $(RELEASE) $(COMPONENT)";
+    let out = run(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        format,
+        "Created-By: Packages",
+    ]))?;
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// The same places as sources of source packages: of the release itself, as a patch is for one version, and mirrors of what
+/// comes between releases often lack the sources.
+fn deb_src(targets: &str) -> String {
+    let is_release = |line: &&str| line.split(' ').skip(1).eq([RELEASE, "main"]);
+    let mut lines: Vec<_> =
+        targets.lines().filter(is_release).map(|line| format!("deb-src {line}\n")).collect();
+    lines.dedup();
+    lines.concat()
 }
 
 /// Installs a package of Debian on this machine, if that is possible.
@@ -322,4 +374,16 @@ fn files(dir: &Path) -> Result<Vec<PathBuf>> {
 fn size(dir: &Path) -> Result<u64> {
     // A file may be renamed between being listed and being looked at.
     Ok(files(dir)?.iter().filter_map(|f| fs::metadata(f).ok()).map(|m| m.len()).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_where_packages_are() {
+        let targets = "http://a/debian/ bookworm main\nhttp://a/debian/ bookworm main\nhttp://b/ bookworm-security main\n\
+                       http://c/ cloud-sdk-bookworm main\nhttp://d/ bookworm extra\n";
+        assert_eq!(deb_src(targets), "deb-src http://a/debian/ bookworm main\n");
+    }
 }

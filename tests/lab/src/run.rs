@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::console::{Line, Source};
+use crate::hypervisor::{self, Xen};
 use crate::machine::{Machine, Plan};
 use crate::metrics::Metrics;
 use crate::paths;
@@ -144,8 +145,22 @@ impl Run {
         self.figures.insert(name.into(), value);
     }
 
+    /// Checks that Xen has not complained of itself since the machine was started.
+    pub fn xen_is_well(&mut self) {
+        let lines = self.machine.console.since(Source::Xen, 0);
+        let mut bad = lines.iter().filter(|line| hypervisor::complains(&line.text));
+        let made = match bad.next() {
+            Some(line) => Err(anyhow!("{} and {} more", line.text, bad.count())),
+            None => Ok(format!("{} lines", lines.len())),
+        };
+        self.check("Xen has nothing to complain of", Source::Xen, made);
+    }
+
     /// Writes results.json and ends the machine.
-    pub fn finish(self, name: &str) -> Result<Tally> {
+    pub fn finish(mut self, name: &str) -> Result<Tally> {
+        if hypervisor::chosen() == Xen::Debug {
+            self.xen_is_well();
+        }
         let results = json!({
             "scenario": name,
             "passed": self.tally.passed,

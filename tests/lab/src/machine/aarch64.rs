@@ -15,8 +15,10 @@ use crate::packages;
 
 /// dom0 and guests, and what they are made of.
 pub struct Board<'a> {
-    /// Debian's Xen.
+    /// Xen.
     pub xen: &'a Path,
+    /// What it is told beside what all boards have it told.
+    pub xen_arguments: &'static str,
     /// dom0. Its memory is given to it one to one.
     pub dom0: Domain<'a>,
     /// The guests: domain 1 and so on. They have the console of an emulated UART.
@@ -127,8 +129,8 @@ impl Plan for Board<'_> {
 
         let mut layout = Layout::default();
         let xen_arguments = format!(
-            "console=dtuart dom0_mem={}M dom0_max_vcpus={} bootscrub=0 loglvl=all guest_loglvl=all noreboot sched=credit",
-            self.dom0.memory, self.dom0.vcpus
+            "console=dtuart dom0_mem={}M dom0_max_vcpus={} bootscrub=0 loglvl=all guest_loglvl=all noreboot sched=credit {}",
+            self.dom0.memory, self.dom0.vcpus, self.xen_arguments
         );
         let chosen = Node::new("")
             .cells("#address-cells", &[2])

@@ -17,6 +17,7 @@ use crate::toolchain::{self, AARCH64, IMAGE_LIMIT};
 pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &str) -> Board<'a> {
     Board {
         xen: &images.xen,
+        xen_arguments: "",
         dom0: ours(dom0),
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
         uplink: None,

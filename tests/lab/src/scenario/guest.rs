@@ -66,6 +66,7 @@ impl Made {
         let linux = [LINUX, OTHER].map(|n| Domain::linux(&self.images, n, arguments));
         Board {
             xen: &self.images.xen,
+            xen_arguments: "",
             dom0: dom0::ours(&self.dom0),
             guests: ours.into_iter().chain(linux).collect(),
             uplink: None,

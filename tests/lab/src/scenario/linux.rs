@@ -12,6 +12,7 @@ use crate::run::{Run, Tally};
 pub fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
     Board {
         xen: &images.xen,
+        xen_arguments: "",
         dom0: Domain {
             kernel: &images.linux,
             initramfs: images.linux_dom0.as_deref(),

@@ -30,6 +30,13 @@ pub struct Scenario {
     pub boot: fn(&'static str) -> Result<()>,
 }
 
+impl Scenario {
+    /// Whether it is of those whose Xen can be chosen.
+    pub fn is_on_arm(&self) -> bool {
+        self.name.ends_with("-aarch64")
+    }
+}
+
 /// All of them.
 pub const ALL: &[Scenario] = &[
     Scenario {
