@@ -130,23 +130,26 @@ impl Holding {
 /// Each guest loses its vif and gets another; Linux's guests ten times, while they ping ours in five of them.
 fn reconnects(run: &mut Run) {
     let before = Holding::now(run, "reconnect-before");
-    for domain in [PVH, PV] {
-        ten_times(run, domain, (domain, OURS), |run| again(run, domain, BACKEND));
-    }
-    let made = again(run, OURS, BACKEND);
-    run.check(&format!("{} loses its vif and gets another", called(OURS)), Source::Dom(OURS), made);
+    let linux = [PVH, PV];
+    ten_times(run, "both Linux guests' vifs go and come back", &linux, OURS, |run| {
+        again(run, &linux)
+    });
+    let made = again(run, &[OURS]).and_then(|()| reached(run, PVH, OURS, 5));
+    let name = format!("{} loses its vif and gets another", called(OURS));
+    run.check(&name, Source::Dom(OURS), made);
     let made = before.and_then(|before| returned(run, &before, "reconnect-after"));
     run.check("the driver domain holds what it held before", Source::Dom(DRIVER), made);
 }
 
-/// A guest gets another vif, and reaches another guest through it.
-fn again(run: &Run, domain: usize, backend: &str) -> Result<String> {
-    let started = run.age();
-    reattach(run, domain, backend)?;
-    comes_up(run, domain)?;
-    let (from, to) = if domain == PVH { (PVH, PV) } else { (PVH, domain) };
-    reached(run, from, to, 5)?;
-    Ok(format!("{:.1} s", (run.age() - started).as_secs_f64()))
+/// Guests get other vifs, all at once.
+fn again(run: &Run, domains: &[usize]) -> Result<()> {
+    for domain in domains {
+        run.good(0, &format!("detach {domain}"), 100)?;
+    }
+    for domain in domains {
+        run.good(0, &format!("attach {domain} {BACKEND}"), 100)?;
+    }
+    domains.iter().try_for_each(|domain| comes_up(run, *domain))
 }
 
 /// A vif that has been given to a guest is used by it.

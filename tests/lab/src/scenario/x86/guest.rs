@@ -3,9 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::keys::{self, Allowed};
-use super::{
-    Made, again, connected, created, dom0_up, linux_ready, name, reached, reattach, ten_times,
-};
+use super::{Made, connected, created, dom0_up, linux_ready, name, reached, reattach, ten_times};
 use crate::boot;
 use crate::console::Source;
 use crate::run::{Run, Tally};
@@ -92,7 +90,10 @@ fn nodes(run: &mut Run) {
 
 /// The vif is taken away and given back, five times at rest and five times under traffic.
 fn detached(run: &mut Run) {
-    ten_times(run, OURS, (0, OURS), |run| again(run, OURS, "0"));
+    ten_times(run, "our guest's vif goes and comes back", &[0], OURS, |run| {
+        reattach(run, OURS, "0")?;
+        connected(run, OURS, 60)
+    });
 }
 
 /// Linux's backend is taken out of dom0's kernel and brought back.
