@@ -220,13 +220,26 @@ impl Dom0 {
 
     /// The station's turn; says whether it sent anything.
     fn serve(&mut self, now: Instant) -> bool {
-        let Self { hv, mapper, store, station, http, sink, upcalls, backend, uplink, .. } = self;
+        let Self {
+            hv,
+            mapper,
+            store,
+            toolstack,
+            station,
+            http,
+            sink,
+            upcalls,
+            backend,
+            uplink,
+            ..
+        } = self;
         station.poll(backend, now, |sockets, backend, lost| {
             let sent = http.serve(sockets, |path| match path {
                 "/" => Some(Reply::Page("/metrics\n/stream\n".into())),
                 "/metrics" => {
                     let sources = Sources { backend, mapper, ports: upcalls.bound(), lost };
-                    Some(Reply::Page(metrics::page(hv, &sources, uplink.as_ref(), store, now)))
+                    let uplink = uplink.as_ref();
+                    Some(Reply::Page(metrics::page(hv, &sources, uplink, store, toolstack, now)))
                 }
                 "/stream" => Some(Reply::Stream),
                 _ => None,

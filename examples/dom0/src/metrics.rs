@@ -1,13 +1,15 @@
 //! What dom0 counts, as text that Prometheus reads: what its backend counts, and what is its own.
 
 use alloc::string::String;
+use core::iter;
 
-use hypercall::{DomId, Instant, Toolstack};
+use hypercall::{DomId, Instant, Toolstack as _};
 use runtime::Hv;
 use services::exposition::Page;
 use services::metrics::{self, Sources};
 
 use crate::store::Store;
+use crate::toolstack::Toolstack;
 use crate::uplink::Uplink;
 
 /// The page that `/metrics` answers with.
@@ -16,14 +18,18 @@ pub(crate) fn page(
     sources: &Sources<'_, Hv>,
     uplink: Option<&Uplink>,
     store: &Store,
+    toolstack: &Toolstack,
     now: Instant,
 ) -> String {
     let mut page = Page::new();
-    if let Ok(info) = hv.domain_info(DomId(0)) {
-        let name = "xen_domain_cpu_seconds_total";
-        page.family(name, "counter", "Processor time that Xen has counted for a domain.");
-        let (seconds, nanos) = (info.cpu_time / 1_000_000_000, info.cpu_time % 1_000_000_000);
-        page.sample(name, "domid=\"0\"", format_args!("{seconds}.{nanos:09}"));
+    let name = "xen_domain_cpu_seconds_total";
+    page.family(name, "counter", "Processor time that Xen has counted for a domain.");
+    for domain in iter::once(DomId(0)).chain(toolstack.guests()) {
+        if let Ok(info) = hv.domain_info(domain) {
+            let (seconds, nanos) = (info.cpu_time / 1_000_000_000, info.cpu_time % 1_000_000_000);
+            let labels = format_args!("domid=\"{domain}\"");
+            page.sample(name, labels, format_args!("{seconds}.{nanos:09}"));
+        }
     }
     let millis = now.0 / 1_000_000;
     let uptime = format_args!("{}.{:03}", millis / 1000, millis % 1000);

@@ -124,6 +124,11 @@ impl Toolstack {
         Self { hv, guests: BTreeMap::new() }
     }
 
+    /// The guests that it looks after.
+    pub(crate) fn guests(&self) -> impl Iterator<Item = DomId> {
+        self.guests.keys().copied()
+    }
+
     /// Takes on every guest that Xen has built.
     pub(crate) fn start(&mut self, store: &mut Store, binder: &Binder<Hv>, now: Instant) {
         for number in 1..=MAX_GUESTS {

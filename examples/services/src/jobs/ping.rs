@@ -91,6 +91,9 @@ impl Ping {
                 && from == self.address
                 && answers(bytes, from, self.ident, self.sent as u16)
             {
+                if self.answered == 0 {
+                    log::info!("ping {}: answered, {} sent", self.address, self.sent);
+                }
                 self.answered += 1;
                 self.nanos += now.since(at);
                 self.step = Step::Pause(now.after(PAUSE));
