@@ -59,9 +59,9 @@ pub struct XlImages {
 
 /// The steps a domain can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!("steps":
-    "abuse" "at" "away" "bg" "bgcut" "bgend" "bgruns" "bgwait" "cnt" "crash" "drain" "feat" "fetch" "file" "files" "filesum" "flow"
-    "garbage" "get" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "services" "settle" "sha" "sink" "sinks" "source"
-    "state" "storetime" "stream" "streamed" "streamstop" "tcp" "udone" "untold" "up" "urecv" "usend"
+    "abuse" "at" "away" "bg" "bgcut" "bgend" "bgruns" "bgwait" "cnt" "cputime" "crash" "drain" "feat" "fetch" "file" "files" "filesum" "flow"
+    "garbage" "get" "iperf" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "rtts" "services" "settle" "sha" "sink" "sinks" "source"
+    "state" "storetime" "stream" "streamed" "streamstop" "udone" "untold" "up" "urecv" "usend"
 );
 
 /// The steps that only a dom0 with xl can take.

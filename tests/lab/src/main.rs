@@ -2,6 +2,7 @@
 
 mod boot;
 mod capture;
+mod compare;
 mod console;
 mod cpio;
 mod demo;
@@ -68,6 +69,8 @@ enum What {
         #[arg(long, value_enum)]
         xen: Option<Xen>,
     },
+    /// The same Linux guests with this project's dom0 and with Linux's in turn: what they carry, and what that costs
+    Compare(compare::Options),
     /// Two guests and a backend in this process, from which features are taken under traffic: ten seconds to look at
     #[command(disable_help_flag = true)]
     Demo {
@@ -123,6 +126,7 @@ fn act(what: &What) -> Result<ExitCode> {
             (scenario.boot)(scenario.name)?;
         }
         What::Test { scenario, xen } => return test(scenario.as_deref(), *xen),
+        What::Compare(options) => return compare::run(options),
         What::Demo { flags } => return demo::run(flags),
         What::Fuzz { targets, seconds, input } => {
             return match (input, targets.as_slice()) {

@@ -37,6 +37,8 @@ pub struct Run {
     /// The machine.
     pub machine: Machine,
     started: Instant,
+    /// How many times as long as usual everything may take.
+    patience: u32,
     next_step: AtomicU32,
     tally: Tally,
     checks: Vec<Value>,
@@ -95,12 +97,18 @@ impl Answer {
 impl Run {
     /// Starts the machine of a scenario; its files go to `target/lab/NAME`, replacing those of the run before.
     pub fn start(name: &str, plan: &dyn Plan) -> Result<Self> {
+        Self::patiently(name, plan, 1)
+    }
+
+    /// The same for a machine on which everything may take so many times as long as usual.
+    pub fn patiently(name: &str, plan: &dyn Plan, patience: u32) -> Result<Self> {
         let dir = fresh(name)?;
         let machine = Machine::start(plan, &dir, false)?;
         Ok(Self {
             dir,
             machine,
             started: Instant::now(),
+            patience,
             next_step: AtomicU32::new(1),
             tally: Tally::default(),
             checks: Vec::new(),
@@ -156,6 +164,15 @@ impl Run {
         self.check("Xen has nothing to complain of", Source::Xen, made);
     }
 
+    /// The figures since the start or since they were last taken; those taken are not in results.json.
+    pub fn take_figures(&mut self) -> BTreeMap<String, f64> {
+        std::mem::take(&mut self.figures)
+    }
+
+    fn limit(&self, seconds: u64) -> Duration {
+        Duration::from_secs(seconds) * self.patience
+    }
+
     /// Writes results.json and ends the machine.
     pub fn finish(mut self, name: &str) -> Result<Tally> {
         if hypervisor::chosen() == Xen::Debug {
@@ -204,7 +221,7 @@ impl Run {
     ) -> Result<T> {
         self.machine
             .console
-            .wait(source, 0, Duration::from_secs(seconds), pick)
+            .wait(source, 0, self.limit(seconds), pick)
             .with_context(|| format!("waited for {what}"))
     }
 
@@ -254,9 +271,10 @@ impl Run {
         let begun = format!("L {id} begin");
         for _ in 0..8 {
             self.machine.console.type_line(domain, &format!("@{id} {step}."))?;
-            let answer = self.machine.console.wait(source, mark, Duration::from_secs(4), |l| {
-                l.text.ends_with(&begun).then_some(())
-            });
+            let answer = self
+                .machine
+                .console
+                .wait(source, mark, self.limit(4), |l| l.text.ends_with(&begun).then_some(()));
             if answer.is_ok() {
                 return Ok(Step { domain, id, mark, what: step.to_owned() });
             }
@@ -273,7 +291,7 @@ impl Run {
         let status = self
             .machine
             .console
-            .wait(Source::Dom(domain), mark, Duration::from_secs(seconds), |line| {
+            .wait(Source::Dom(domain), mark, self.limit(seconds), |line| {
                 let (_, text) = line.text.split_once(&prefix)?;
                 if let Some(status) = text.strip_prefix("rc=") {
                     return status.parse::<i32>().ok();

@@ -1,16 +1,16 @@
 //! The scenarios: what is started and what is checked.
 
-mod dom0;
+pub mod dom0;
 mod guest;
 mod life;
-mod linux;
+pub mod linux;
 mod store;
-mod traffic;
-mod transfer;
+pub mod traffic;
+pub mod transfer;
 mod udp;
 mod uplink;
 mod withdraw;
-mod x86;
+pub mod x86;
 
 use anyhow::{Context as _, Result};
 

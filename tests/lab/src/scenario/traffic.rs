@@ -53,8 +53,9 @@ pub fn ping(run: &Run, from: usize, to: &str, size: u32, count: u32) -> Result<(
 /// The rate in a line of iperf3's, in Mbit/s.
 fn rate_of(line: &str) -> Result<f64> {
     let words: Vec<_> = line.split_whitespace().collect();
-    let unit = words.iter().position(|w| *w == "Mbits/sec").context("no rate in Mbits/sec")?;
-    Ok(words.get(unit.saturating_sub(1)).context("no rate")?.parse()?)
+    let unit = words.iter().position(|w| *w == "Kbits/sec").context("no rate in Kbits/sec")?;
+    let rate: f64 = words.get(unit.saturating_sub(1)).context("no rate")?.parse()?;
+    Ok(rate / 1000.0)
 }
 
 /// Checks that something arrived, and keeps the figure.
@@ -73,7 +74,7 @@ fn report(run: &mut Run, what: &str, way: &str, seconds: u32, rate: Result<f64>)
 /// iperf3 between the guests, ten seconds, both ways one after the other.
 fn tcp(run: &mut Run, what: &str) {
     for (flag, way) in [("", "1 to 2"), (" -R", "2 to 1")] {
-        let made = run.good(1, &format!("tcp 4:12 10{flag}"), 40).and_then(|answer| {
+        let made = run.good(1, &format!("iperf 4:12 10{flag}"), 40).and_then(|answer| {
             let line = answer.lines.iter().find(|l| l.contains("receiver"));
             rate_of(line.with_context(|| format!("no rate: {}", answer.text()))?)
         });
@@ -83,7 +84,7 @@ fn tcp(run: &mut Run, what: &str) {
 
 /// iperf3 between the guests, both ways at once. `to` is guest 2 as `at` has it.
 pub fn tcp_both(run: &mut Run, what: &str, to: &str, seconds: u32) {
-    let made = run.good(1, &format!("tcp {to} {seconds} --bidir"), u64::from(seconds) + 30);
+    let made = run.good(1, &format!("iperf {to} {seconds} --bidir"), u64::from(seconds) + 30);
     for (role, way) in [("[TX-C]", "1 to 2"), ("[RX-C]", "2 to 1")] {
         let rate = made.as_ref().map_err(|error| anyhow!("{error:#}")).and_then(|answer| {
             let line = answer.lines.iter().find(|l| l.contains(role) && l.contains("receiver"));

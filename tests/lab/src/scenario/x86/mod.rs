@@ -20,13 +20,13 @@ use crate::run::Run;
 use crate::toolchain::{self, X86_64};
 
 /// What a machine is made of.
-struct Made {
+pub struct Made {
     images: XlImages,
 }
 
 impl Made {
     /// With these images of ours.
-    fn prepare(packages: &[&str]) -> Result<Self> {
+    pub fn prepare(packages: &[&str]) -> Result<Self> {
         let ours: Vec<(&str, PathBuf)> = packages
             .iter()
             .map(|package| Ok((*package, toolchain::image(package, X86_64)?)))
@@ -35,13 +35,13 @@ impl Made {
         Ok(Self { images: images::prepare_xl(&ours)? })
     }
 
-    fn board<'a>(&'a self, dom0_arguments: &'a str) -> Board<'a> {
+    pub fn board<'a>(&'a self, dom0_arguments: &'a str) -> Board<'a> {
         Board { images: &self.images, dom0_arguments }
     }
 }
 
 /// dom0 takes steps and has its file.
-fn dom0_up(run: &mut Run) -> bool {
+pub fn dom0_up(run: &mut Run) -> bool {
     let made = run.expect(Source::Dom(0), 120, "\"L 0 ready\"", |l| {
         l.text.contains("L 0 ready").then_some(())
     });
@@ -78,13 +78,13 @@ fn create(run: &Run, domain: usize, kind: &str, backend: &str, words: &str) -> R
 }
 
 /// The same as a check.
-fn created(run: &mut Run, domain: usize, kind: &str, backend: &str, words: &str) -> bool {
+pub fn created(run: &mut Run, domain: usize, kind: &str, backend: &str, words: &str) -> bool {
     let made = create(run, domain, kind, backend, words);
     run.check(&format!("{} starts", name(kind, domain)), Source::Dom(domain), made)
 }
 
 /// A Linux guest has its interface and its file.
-fn linux_ready(run: &Run, domain: usize) -> Result<String> {
+pub fn linux_ready(run: &Run, domain: usize) -> Result<String> {
     let answer = run.good(domain, "up", 170)?;
     ensure!(answer.value("carrier") == Some("1"), "no carrier: {}", answer.text());
     has_file(run, domain)?;
@@ -92,7 +92,7 @@ fn linux_ready(run: &Run, domain: usize) -> Result<String> {
 }
 
 /// Waits until the store has a vif's both ends connected.
-fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
+pub fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
     let end = run.age() + Duration::from_secs(seconds);
     loop {
         let answer = run.step(0, &format!("vif {domain} state"), 30)?;
@@ -109,7 +109,7 @@ fn connected(run: &Run, domain: usize, seconds: u64) -> Result<()> {
 }
 
 /// Takes a guest's vif away and gives it another, served by that domain.
-fn reattach(run: &Run, domain: usize, backend: &str) -> Result<()> {
+pub fn reattach(run: &Run, domain: usize, backend: &str) -> Result<()> {
     run.good(0, &format!("detach {domain}"), 100)?;
     run.good(0, &format!("attach {domain} {backend}"), 100)?;
     Ok(())
@@ -150,7 +150,7 @@ fn ten_times(
 }
 
 /// As soon as a domain answers pings of another, it answers all of them.
-fn reached(run: &Run, from: usize, to: usize, count: u32) -> Result<String> {
+pub fn reached(run: &Run, from: usize, to: usize, count: u32) -> Result<String> {
     run.good(from, &format!("reach {}", at(to)), 120)?;
     traffic::ping(run, from, &at(to), 56, count).map(|(text, _)| text)
 }

@@ -1,0 +1,283 @@
+//! What is done in a turn of a side, the same for both.
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::cpu::{Asked, Cpu, Meter};
+use super::dom0::{Made, image_bytes};
+use super::figures::Side;
+use super::iperf::{self, Arrived};
+use super::stats::percentile;
+use crate::console::Source;
+use crate::machine::aarch64::Domain;
+use crate::run::Run;
+use crate::scenario::traffic::files_ready;
+use crate::scenario::transfer::FILE;
+use crate::world::World;
+
+/// How much of everything.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Seconds of TCP each way.
+    pub tcp: u32,
+    /// Seconds of UDP of each size.
+    pub udp: u32,
+    /// Pings.
+    pub pings: u32,
+    /// Seconds of nothing.
+    pub idle: u32,
+}
+
+/// Payloads of datagrams.
+const SIZES: [u32; 3] = [64, 512, 1472];
+/// What a step may take beside its own time.
+const MORE: u64 = 40;
+
+const GB: f64 = 1e9;
+const MILLION: f64 = 1e6;
+
+/// Traffic between two Linux guests.
+pub fn guests(run: &mut Run, made: &Made, side: Side, effort: Effort) {
+    if !made.up(run, side) {
+        return;
+    }
+    files_ready(run);
+    memory(run, &made.guests(side).dom0, side);
+    traffic(run, asked(side), effort);
+}
+
+fn asked(side: Side) -> Asked {
+    match side {
+        Side::Ours => Asked::Ours,
+        Side::Linux => Asked::Linux([0, 1, 2]),
+    }
+}
+
+/// What guest 1 and guest 2 send each other.
+pub fn traffic(run: &mut Run, asked: Asked, effort: Effort) {
+    let Some(meter) = meter(run, asked) else { return };
+    idle(run, &meter, effort.idle);
+    pings(run, effort.pings);
+    tcp(run, &meter, effort.tcp);
+    for size in SIZES {
+        udp(run, &meter, size, effort.udp);
+    }
+}
+
+/// Traffic between a Linux guest and servers outside.
+pub fn uplink(run: &mut Run, made: &Made, side: Side) {
+    if !made.up(run, side) {
+        return;
+    }
+    files_ready(run);
+    let reached = run.good(1, "lease", 60).and_then(|_| run.good(1, "reach world", 60));
+    let text = reached.map(|_| "answers".to_owned());
+    if !run.check("the world outside", Source::Dom(1), text) {
+        return;
+    }
+    let Some(meter) = meter(run, asked(side)) else { return };
+    let World { http, sink } = made.world;
+    let to = format!("sink world:{sink}");
+    let from = format!("fetch world {http} /{FILE}/1 wc -c");
+    for (way, step, count) in [("to", to, "sent"), ("from", from, "got")] {
+        let made = meter.around(run, || {
+            let answer = run.good(1, &step, 170)?;
+            ensure!(answer.value(count) == Some(&FILE.to_string()), "{}", answer.text());
+            answer.number("seconds")
+        });
+        let made = made.and_then(|(seconds, cpu)| {
+            ensure!(seconds > 0.0, "no time passed");
+            Ok(vec![
+                (format!("uplink_{way}_mbit"), FILE as f64 * 8.0 / MILLION / seconds),
+                (format!("cpu_uplink_{way}_s_per_gb"), cpu.backend() / (FILE as f64 / GB)),
+            ])
+        });
+        keep(run, &format!("64 MiB {way} the world"), made);
+    }
+}
+
+fn meter(run: &mut Run, asked: Asked) -> Option<Meter> {
+    let made = Meter::new(run, asked);
+    let text = match &made {
+        Ok(meter) => Ok(format!("{:.3} s of the backend's", meter.own().backend())),
+        Err(error) => Err(anyhow::anyhow!("{error:#}")),
+    };
+    run.check("asking Xen for processor time takes", Source::Dom(0), text);
+    let meter = made.ok()?;
+    run.figure("cpu_reading_s", meter.own().backend());
+    Some(meter)
+}
+
+/// Keeps figures and says them, or says what went wrong.
+fn keep(run: &mut Run, name: &str, made: Result<Vec<(String, f64)>>) {
+    let made = made.map(|figures| {
+        let words = figures.into_iter().map(|(key, value)| {
+            let word = format!("{key} {value:.4}");
+            run.figure(key, value);
+            word
+        });
+        words.collect::<Vec<_>>().join(", ")
+    });
+    run.check(name, Source::Dom(1), made);
+}
+
+fn idle(run: &mut Run, meter: &Meter, seconds: u32) {
+    let made = meter.around(run, || run.good(1, &format!("settle {seconds}"), MORE));
+    let made = made.map(|(_, cpu)| {
+        vec![("idle_percent".to_owned(), 100.0 * cpu.backend() / f64::from(seconds))]
+    });
+    keep(run, "the backend while nothing moves", made);
+}
+
+fn pings(run: &mut Run, count: u32) {
+    let made = run.good(1, &format!("rtts 4:12 56 {count}"), MORE).and_then(|answer| {
+        let times = iperf::times(answer.lines.iter().map(String::as_str), count as usize)?;
+        let of = |percent: usize| {
+            let time = percentile(&times, percent).context("no times")?;
+            Ok((format!("ping_p{percent}_ms"), time))
+        };
+        [50, 90, 99].into_iter().map(of).collect()
+    });
+    keep(run, &format!("{count} pings from guest 1 to guest 2"), made);
+}
+
+/// Both ways, one after the other.
+fn tcp(run: &mut Run, meter: &Meter, seconds: u32) {
+    let mut both = Vec::new();
+    for (words, way) in [("", "1_to_2"), (" -R", "2_to_1")] {
+        let made = transfer(run, meter, &format!("4:12 {seconds}{words}"), seconds);
+        let figures = made.map(|(arrived, cpu)| {
+            both.push((arrived, cpu));
+            vec![(format!("tcp_{way}_mbit"), arrived.bytes * 8.0 / MILLION / arrived.seconds)]
+        });
+        keep(run, &format!("TCP {}", way.replace('_', " ")), figures);
+    }
+    // Of one way only it would not be the same figure.
+    let made = (both.len() == 2).then(|| costs(&both)).context("not both ways came about");
+    keep(run, "what TCP took", made);
+}
+
+/// The backend's processor time by what was carried, and who was how busy.
+fn costs(transfers: &[(Arrived, Cpu)]) -> Vec<(String, f64)> {
+    let sum = |of: fn(&(Arrived, Cpu)) -> f64| transfers.iter().map(of).sum::<f64>();
+    let (seconds, bytes) = (sum(|(arrived, _)| arrived.seconds), sum(|(arrived, _)| arrived.bytes));
+    let backend = sum(|(_, cpu)| cpu.backend());
+    let mut figures = vec![("cpu_tcp_s_per_gb".to_owned(), backend / (bytes / GB))];
+    figures.extend(busy("tcp", transfers.iter().map(|(_, cpu)| *cpu), seconds));
+    figures
+}
+
+fn busy(what: &str, cpus: impl Iterator<Item = Cpu>, seconds: f64) -> Vec<(String, f64)> {
+    let all: Vec<_> = cpus.collect();
+    let of = |(domain, who): (usize, &str)| {
+        let used: f64 = all.iter().filter_map(|cpu| cpu.0.get(domain)).sum();
+        (format!("busy_{what}_{who}"), 100.0 * used / seconds)
+    };
+    ["backend", "guest1", "guest2"].into_iter().enumerate().map(of).collect()
+}
+
+fn udp(run: &mut Run, meter: &Meter, size: u32, seconds: u32) {
+    let made = transfer(run, meter, &format!("4:12 {seconds} -u -b 0 -l {size}"), seconds);
+    let made = made.and_then(|(arrived, cpu)| {
+        let datagrams = arrived.datagrams.context("nobody counts datagrams")?;
+        let delivered = datagrams.sent - datagrams.lost;
+        ensure!(delivered > 0.0, "{} datagrams, all lost", datagrams.sent);
+        let mut figures = vec![
+            (format!("udp_{size}_pps"), delivered / arrived.seconds),
+            (format!("udp_{size}_sent_pps"), datagrams.sent / arrived.seconds),
+            (format!("cpu_udp_{size}_s_per_million"), cpu.backend() / (delivered / MILLION)),
+        ];
+        figures.extend(busy(&format!("udp_{size}"), [cpu].into_iter(), arrived.seconds));
+        Ok(figures)
+    });
+    keep(run, &format!("UDP of {size} bytes from guest 1 to guest 2"), made);
+}
+
+/// iperf3 in guest 1.
+fn transfer(run: &Run, meter: &Meter, words: &str, seconds: u32) -> Result<(Arrived, Cpu)> {
+    meter.around(run, || {
+        let answer = run.good(1, &format!("iperf {words}"), u64::from(seconds) + MORE)?;
+        Arrived::parse(answer.lines.iter().map(String::as_str))
+    })
+}
+
+/// What dom0 was given, and what it uses of that while nothing moves.
+fn memory(run: &mut Run, dom0: &Domain<'_>, side: Side) {
+    let made = used(run, dom0, side).and_then(|used| {
+        let image = image_bytes(dom0)? as f64 / f64::from(1 << 20);
+        Ok(vec![
+            ("memory_mib".to_owned(), f64::from(dom0.memory)),
+            ("memory_used_mib".to_owned(), used),
+            ("image_mib".to_owned(), image),
+        ])
+    });
+    keep(run, "dom0's memory and image", made);
+}
+
+/// All but what is free, in MiB.
+fn used(run: &Run, dom0: &Domain<'_>, side: Side) -> Result<f64> {
+    let free = match side {
+        Side::Ours => {
+            let metrics = run.metrics(1, "memory")?;
+            let of = |name| metrics.need(name, &[]);
+            (of("heap_total_bytes")? - of("heap_used_bytes")?) / f64::from(1 << 20)
+        }
+        Side::Linux => {
+            let answer = run.good(0, "grep MemAvailable: /proc/meminfo", 20)?;
+            let text = answer.text();
+            let size = text.split_whitespace().nth(1).with_context(|| text.clone())?;
+            size.parse::<f64>().with_context(|| text.clone())? / 1024.0
+        }
+    };
+    Ok(f64::from(dom0.memory) - free)
+}
+
+/// From dom0's start to the first packet that it carries from one guest to another, by the clocks of guests that wait for it: they
+/// start when it does.
+pub fn start(run: &mut Run) {
+    let made = first_packet(run).map(|seconds| vec![("start_s".to_owned(), seconds)]);
+    keep(run, "dom0's start to the first packet forwarded", made);
+}
+
+/// How long the first packet may take.
+const FIRST: u64 = 120;
+
+fn first_packet(run: &Run) -> Result<f64> {
+    let begun = run.expect(Source::Dom(1), FIRST, "guest 1", |line| clock(&line.text))?;
+    let first = |source| run.expect(source, FIRST, "an answered ping", |line| answered(&line.text));
+    // Whichever got it. Both answer before long.
+    Ok(first(Source::Dom(1))?.min(first(Source::Dom(2))?) - begun)
+}
+
+/// What the clock of a guest of this project said when it wrote a line: `[ INFO] 1.516 guest: …`.
+fn clock(line: &str) -> Option<f64> {
+    line.split_once("] ")?.1.split(' ').next()?.parse().ok()
+}
+
+/// When it got its first answer: `[ INFO] 3.197 ping 10.9.0.12: answered, 2 sent`.
+fn answered(line: &str) -> Option<f64> {
+    let (text, _) = line.split_once(": answered, ")?;
+    text.contains(" ping ").then(|| clock(text)).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_say_when() {
+        assert_eq!(clock("[ INFO] 1.516 guest: events by Fifo"), Some(1.516));
+        assert_eq!(clock("[ WARN] guest: events"), None);
+        assert_eq!(clock("1.5"), None);
+        assert_eq!(answered("[ INFO] 3.197 ping 10.9.0.12: answered, 2 sent"), Some(3.197));
+        assert_eq!(answered("[ INFO] 3.197 guest: address 10.9.0.12"), None);
+    }
+
+    #[test]
+    fn costs_are_of_both_ways_together() {
+        let one = Arrived { seconds: 10.0, bytes: 1.5e9, datagrams: None };
+        let other = Arrived { seconds: 10.0, bytes: 0.5e9, datagrams: None };
+        let made = costs(&[(one, Cpu([3.0, 8.0, 9.0])), (other, Cpu([1.0, 8.0, 9.0]))]);
+        let expected = [2.0, 20.0, 80.0, 90.0];
+        assert_eq!(made.iter().map(|(_, value)| *value).collect::<Vec<_>>(), expected);
+    }
+}
