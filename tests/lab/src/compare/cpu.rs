@@ -10,31 +10,40 @@ use super::stats::Spread;
 use crate::run::Run;
 
 /// The backend and both guests.
-pub const DOMAINS: usize = 3;
+const DOMAINS: usize = 3;
 
-/// Seconds of processor time of the backend and both guests.
+/// Processor time in seconds, and in which time.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Cpu(pub [f64; DOMAINS]);
+pub struct Cpu {
+    /// Of the backend and both guests.
+    pub used: [f64; DOMAINS],
+    /// By the clock of whoever asked.
+    pub elapsed: f64,
+}
+
+impl Cpu {
+    /// The backend's.
+    pub fn backend(self) -> f64 {
+        let [backend, ..] = self.used;
+        backend
+    }
+
+    /// Made of all their values in order.
+    fn by(mut value: impl FnMut(usize) -> f64) -> Self {
+        let elapsed = value(DOMAINS);
+        Self { used: std::array::from_fn(value), elapsed }
+    }
+
+    fn value(&self, place: usize) -> f64 {
+        self.used.get(place).copied().unwrap_or(self.elapsed)
+    }
+}
 
 impl Sub for Cpu {
     type Output = Self;
 
     fn sub(self, other: Self) -> Self {
-        Self::of(self.0.into_iter().zip(other.0).map(|(one, other)| one - other))
-    }
-}
-
-impl Cpu {
-    /// As many as there are domains.
-    fn of(values: impl IntoIterator<Item = f64>) -> Self {
-        let mut values = values.into_iter();
-        Self(std::array::from_fn(|_| values.next().unwrap_or_default()))
-    }
-
-    /// The backend's.
-    pub fn backend(self) -> f64 {
-        let [backend, ..] = self.0;
-        backend
+        Self::by(|place| self.value(place) - other.value(place))
     }
 }
 
@@ -60,7 +69,7 @@ const BARE: usize = 5;
 impl Meter {
     /// Finds out what a reading costs.
     pub fn new(run: &Run, asked: Asked) -> Result<Self> {
-        let mut meter = Self { asked, own: Cpu([0.0; DOMAINS]), readings: Cell::new(0) };
+        let mut meter = Self { asked, own: Cpu::by(|_| 0.0), readings: Cell::new(0) };
         let mut costs = Vec::new();
         let mut last = meter.read(run)?;
         for _ in 0..BARE {
@@ -68,10 +77,10 @@ impl Meter {
             costs.push(next - last);
             last = next;
         }
-        meter.own = Cpu::of((0..DOMAINS).map(|domain| {
-            let of: Vec<_> = costs.iter().filter_map(|cost| cost.0.get(domain)).copied().collect();
-            Spread::of(&of).map_or(0.0, |spread| spread.median)
-        }));
+        meter.own = Cpu::by(|place| {
+            let values: Vec<_> = costs.iter().map(|cost| cost.value(place)).collect();
+            Spread::of(&values).map_or(0.0, |spread| spread.median)
+        });
         Ok(meter)
     }
 
@@ -81,7 +90,7 @@ impl Meter {
     }
 
     fn read(&self, run: &Run) -> Result<Cpu> {
-        let values: Vec<f64> = match self.asked {
+        let (used, elapsed) = match self.asked {
             Asked::Ours => {
                 self.readings.set(self.readings.get() + 1);
                 let metrics = run.metrics(1, &format!("{:02}", self.readings.get()))?;
@@ -89,16 +98,15 @@ impl Meter {
                     let labels = [("domid", &*domain.to_string())];
                     metrics.need("xen_domain_cpu_seconds_total", &labels)
                 };
-                (0..DOMAINS).map(of).collect::<Result<_>>()?
+                ([of(0)?, of(1)?, of(2)?], metrics.need("dom0_uptime_seconds", &[])?)
             }
-            Asked::Linux(numbers) => {
-                let words: String = numbers.iter().map(|number| format!(" {number}")).collect();
-                let answer = run.good(0, &format!("cputime{words}"), 60)?;
+            Asked::Linux([backend, one, two]) => {
+                let answer = run.good(0, &format!("cputime {backend} {one} {two}"), 60)?;
                 let of = |number| answer.number(&format!("cpu{number}"));
-                numbers.into_iter().map(of).collect::<Result<_>>()?
+                ([of(backend)?, of(one)?, of(two)?], answer.number("now")?)
             }
         };
-        Ok(Cpu::of(values))
+        Ok(Cpu { used, elapsed })
     }
 
     /// What something takes, without the cost of the reading.
@@ -106,5 +114,19 @@ impl Meter {
         let before = self.read(run)?;
         let done = act()?;
         Ok((done, self.read(run)? - before - self.own))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_used_is_a_difference_of_each() {
+        let before = Cpu { used: [1.0, 2.0, 3.0], elapsed: 10.0 };
+        let after = Cpu { used: [1.5, 3.0, 7.0], elapsed: 12.0 };
+        let used = Cpu { used: [0.5, 1.0, 4.0], elapsed: 2.0 };
+        assert_eq!(after - before, used);
+        assert_eq!((used.backend(), used.value(2), used.value(DOMAINS)), (0.5, 4.0, 2.0));
     }
 }

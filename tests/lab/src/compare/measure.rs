@@ -122,8 +122,9 @@ fn keep(run: &mut Run, name: &str, made: Result<Vec<(String, f64)>>) {
 
 fn idle(run: &mut Run, meter: &Meter, seconds: u32) {
     let made = meter.around(run, || run.good(1, &format!("settle {seconds}"), MORE));
-    let made = made.map(|(_, cpu)| {
-        vec![("idle_percent".to_owned(), 100.0 * cpu.backend() / f64::from(seconds))]
+    let made = made.and_then(|(_, cpu)| {
+        ensure!(cpu.elapsed > 0.0, "no time passed");
+        Ok(vec![("idle_percent".to_owned(), 100.0 * cpu.backend() / cpu.elapsed)])
     });
     keep(run, "the backend while nothing moves", made);
 }
@@ -159,17 +160,18 @@ fn tcp(run: &mut Run, meter: &Meter, seconds: u32) {
 /// The backend's processor time by what was carried, and who was how busy.
 fn costs(transfers: &[(Arrived, Cpu)]) -> Vec<(String, f64)> {
     let sum = |of: fn(&(Arrived, Cpu)) -> f64| transfers.iter().map(of).sum::<f64>();
-    let (seconds, bytes) = (sum(|(arrived, _)| arrived.seconds), sum(|(arrived, _)| arrived.bytes));
+    let bytes = sum(|(arrived, _)| arrived.bytes);
     let backend = sum(|(_, cpu)| cpu.backend());
     let mut figures = vec![("cpu_tcp_s_per_gb".to_owned(), backend / (bytes / GB))];
-    figures.extend(busy("tcp", transfers.iter().map(|(_, cpu)| *cpu), seconds));
+    figures.extend(busy("tcp", transfers.iter().map(|(_, cpu)| *cpu)));
     figures
 }
 
-fn busy(what: &str, cpus: impl Iterator<Item = Cpu>, seconds: f64) -> Vec<(String, f64)> {
+fn busy(what: &str, cpus: impl Iterator<Item = Cpu>) -> Vec<(String, f64)> {
     let all: Vec<_> = cpus.collect();
+    let seconds: f64 = all.iter().map(|cpu| cpu.elapsed).sum();
     let of = |(domain, who): (usize, &str)| {
-        let used: f64 = all.iter().filter_map(|cpu| cpu.0.get(domain)).sum();
+        let used: f64 = all.iter().filter_map(|cpu| cpu.used.get(domain)).sum();
         (format!("busy_{what}_{who}"), 100.0 * used / seconds)
     };
     ["backend", "guest1", "guest2"].into_iter().enumerate().map(of).collect()
@@ -186,7 +188,7 @@ fn udp(run: &mut Run, meter: &Meter, size: u32, seconds: u32) {
             (format!("udp_{size}_sent_pps"), datagrams.sent / arrived.seconds),
             (format!("cpu_udp_{size}_s_per_million"), cpu.backend() / (delivered / MILLION)),
         ];
-        figures.extend(busy(&format!("udp_{size}"), [cpu].into_iter(), arrived.seconds));
+        figures.extend(busy(&format!("udp_{size}"), [cpu].into_iter()));
         Ok(figures)
     });
     keep(run, &format!("UDP of {size} bytes from guest 1 to guest 2"), made);
@@ -274,10 +276,11 @@ mod tests {
 
     #[test]
     fn costs_are_of_both_ways_together() {
+        let cpu = |used| Cpu { used, elapsed: 12.5 };
         let one = Arrived { seconds: 10.0, bytes: 1.5e9, datagrams: None };
         let other = Arrived { seconds: 10.0, bytes: 0.5e9, datagrams: None };
-        let made = costs(&[(one, Cpu([3.0, 8.0, 9.0])), (other, Cpu([1.0, 8.0, 9.0]))]);
-        let expected = [2.0, 20.0, 80.0, 90.0];
+        let made = costs(&[(one, cpu([3.0, 8.0, 9.0])), (other, cpu([1.0, 8.0, 9.0]))]);
+        let expected = [2.0, 16.0, 64.0, 72.0];
         assert_eq!(made.iter().map(|(_, value)| *value).collect::<Vec<_>>(), expected);
     }
 }
