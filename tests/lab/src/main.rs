@@ -1,5 +1,6 @@
 //! `cargo lab`: real Xen in QEMU, with this project's dom0 and unmodified Linux guests.
 
+mod bench;
 mod boot;
 mod capture;
 mod compare;
@@ -78,6 +79,13 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
         flags: Vec<OsString>,
     },
+    /// Packets per second in this process, against ring.h in C, DPDK and others: several minutes, on a quiet machine
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// `--quick` for a minute; `--help` says what else there is
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
+        flags: Vec<OsString>,
+    },
     /// Feed targets with bytes that nobody expects, each for a while
     Fuzz {
         /// Targets, from `tests/fuzz/corpus`; all if none is named
@@ -128,6 +136,7 @@ fn act(what: &What) -> Result<ExitCode> {
         What::Test { scenario, xen } => return test(scenario.as_deref(), *xen),
         What::Compare(options) => return compare::run(options),
         What::Demo { flags } => return demo::run(flags),
+        What::Bench { flags } => return bench::run(flags),
         What::Fuzz { targets, seconds, input } => {
             return match (input, targets.as_slice()) {
                 (None, _) => fuzz::run(targets, *seconds),
