@@ -26,17 +26,26 @@ pub struct Target {
     bound: Bound,
     /// By class of the processors, where that matters; nothing where the peer is missing.
     reached: Vec<(&'static str, Stats)>,
+    /// Somebody else was at the processors: what was found is shown, and proves nothing.
+    disturbed: bool,
 }
 
 impl Target {
     fn at_least(what: &str, against: &str, bound: f64) -> Self {
         let (what, against) = (what.to_owned(), against.to_owned());
-        Self { what, against, bound: Bound::AtLeast(bound), reached: Vec::new() }
+        Self { what, against, bound: Bound::AtLeast(bound), reached: Vec::new(), disturbed: false }
     }
 
     fn with(mut self, of: impl Fn(Class) -> Option<Stats>) -> Self {
         let all = Class::ALL.into_iter().filter_map(|class| Some((class.name(), of(class)?)));
         self.reached = all.collect();
+        self
+    }
+
+    /// Notes whether what it is about was measured on a quiet machine.
+    fn about(mut self, group: &Group, names: &[&str]) -> Self {
+        let mut all = names.iter().filter_map(|name| group.find(name));
+        self.disturbed = all.any(Series::is_disturbed);
         self
     }
 
@@ -46,7 +55,7 @@ impl Target {
     }
 
     pub fn is_reached(&self) -> Option<bool> {
-        let median = self.main()?.median;
+        let median = self.main().filter(|_| !self.disturbed)?.median;
         Some(match self.bound {
             Bound::AtLeast(bound) => median >= bound,
             Bound::AtMost(bound) => median <= bound,
@@ -54,7 +63,7 @@ impl Target {
     }
 
     pub fn line(&self) -> String {
-        let Self { what, against, bound, reached } = self;
+        let Self { what, against, bound, reached, .. } = self;
         let bound = match bound {
             Bound::AtLeast(bound) => format!("{bound} x"),
             Bound::AtMost(bound) => format!("<= {}", figure(*bound)),
@@ -70,6 +79,7 @@ impl Target {
         });
         let each = each.collect::<Vec<_>>().join(", ");
         let verdict = match self.is_reached() {
+            None if self.disturbed => "disturbed",
             None => "not measured: the peer is not here, or nothing was left to compare",
             Some(true) => "reached",
             Some(false) => "NOT REACHED",
@@ -86,7 +96,7 @@ impl Target {
         };
         json!({
             "what": self.what, "against": self.against, kind: bound,
-            "reached": self.is_reached(), "figures": Value::Object(reached.collect()),
+            "reached": self.is_reached(), "disturbed": self.disturbed, "figures": Value::Object(reached.collect()),
         })
     }
 }
@@ -130,6 +140,7 @@ pub fn all(measured: &Measured, costs: &[Costs]) -> Vec<Target> {
             };
             if size == 64 {
                 let target = Target::at_least(&what, names::RING_H, 2.0);
+                let target = target.about(group, &[ours, names::RING_H]);
                 all.push(target.with(|class| ratio(group, ours, &[names::RING_H], class)));
             }
             for (link, bound) in peers {
@@ -137,7 +148,7 @@ pub fn all(measured: &Measured, costs: &[Costs]) -> Vec<Target> {
                     ["vhost-user, split ring", "virtio-user, packed, vectorised", "memif"];
                 let against = against.get(link).copied().unwrap_or_default();
                 let of = |class| against_foreign(measured, group.find(ours)?, link, size, class);
-                all.push(Target::at_least(&what, against, bound).with(of));
+                all.push(Target::at_least(&what, against, bound).about(group, &[ours]).with(of));
             }
         }
     }
@@ -146,7 +157,7 @@ pub fn all(measured: &Measured, costs: &[Costs]) -> Vec<Target> {
             let ours = pair_name(Way::In, Some(path));
             let what = format!("64 KiB by {path}: netfront and netback");
             let of = |class| ratio(group, &ours, &[&copy], class);
-            all.push(Target::at_least(&what, "copy", 4.0).with(of));
+            all.push(Target::at_least(&what, "copy", 4.0).about(group, &[&ours, &copy]).with(of));
         }
     }
     for group in &measured.packets {
@@ -156,15 +167,21 @@ pub fn all(measured: &Measured, costs: &[Costs]) -> Vec<Target> {
             let others: Vec<_> = others.map(|path| pair_name(way, path)).collect();
             let others: Vec<_> = others.iter().map(String::as_str).collect();
             let what = format!("automatic choice, {size} B, {}", way.name());
-            let of = |class| ratio(group, &pair_name(way, None), &others, class);
-            all.push(Target::at_least(&what, "the best datapath", 0.95).with(of));
+            let ours = pair_name(way, None);
+            let of = |class| ratio(group, &ours, &others, class);
+            let target = Target::at_least(&what, "the best datapath", 0.95);
+            all.push(target.about(group, &[others.as_slice(), &[&ours]].concat()).with(of));
         }
     }
     if let Some((_, group)) = measured.descriptors.iter().find(|(batch, _)| *batch == BATCH) {
         for (peer, bound) in [(names::DESCRIPTORS_C, 1.2), (Queue::Crossbeam.name(), 8.0)] {
             let of = |class| ratio(group, names::DESCRIPTORS, &[peer], class);
             let what = "descriptors, request and response, batch 32";
-            all.push(Target::at_least(what, peer, bound).with(of));
+            all.push(
+                Target::at_least(what, peer, bound)
+                    .about(group, &[names::DESCRIPTORS, peer])
+                    .with(of),
+            );
         }
     }
     for (path, bound) in [(Datapath::Copy, 1.0 / 128.0), (Datapath::Static, 0.0)] {
@@ -179,6 +196,7 @@ pub fn all(measured: &Measured, costs: &[Costs]) -> Vec<Target> {
                 against: "under load".into(),
                 bound: Bound::AtMost(bound + 1e-9),
                 reached: reached.into_iter().collect(),
+                disturbed: false,
             });
         }
     }

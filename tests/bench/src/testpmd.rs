@@ -48,10 +48,12 @@ pub const LINKS: [Link; 3] = [
 
 /// The version, if it is there.
 pub fn version() -> Option<String> {
-    let output = Command::new(PROGRAM).arg("--version").stderr(Stdio::null()).output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let found = text.lines().find(|line| line.contains("DPDK"));
-    Some(found.unwrap_or("DPDK of an unknown version").trim().to_owned())
+    let output =
+        Command::new(PROGRAM).args(["-v", "--no-huge", "--no-pci", "--help"]).output().ok()?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    let version = said.split(['\'', '\n']).find(|part| part.starts_with("DPDK "));
+    Some(version.unwrap_or("DPDK of an unknown version").to_owned())
 }
 
 /// A process that ends with this value.
