@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 mod bench;
+#[path = "bench/board.rs"]
+mod board;
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -64,7 +66,7 @@ struct Cost {
 }
 
 fn measure(load: Load) -> Cost {
-    let mut bench = Bench::new(load, |hv| hv, |_| {});
+    let mut bench = Bench::new(load, board::domain(load.path), |hv| hv, |_| {});
     let before = Reading::take(&bench);
     while bench.arrived.0 - before.arrived.0 < PACKETS {
         bench.turn();

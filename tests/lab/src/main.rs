@@ -5,6 +5,7 @@ mod boot;
 mod capture;
 mod compare;
 mod console;
+mod count;
 mod cpio;
 mod demo;
 mod elf;
@@ -86,6 +87,12 @@ enum What {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "FLAGS")]
         flags: Vec<OsString>,
     },
+    /// Count the instructions of the hot paths, and compare with what they were
+    Count {
+        /// Write down what there is now as what is to be compared with
+        #[arg(long)]
+        write: bool,
+    },
     /// Feed targets with bytes that nobody expects, each for a while
     Fuzz {
         /// Targets, from `tests/fuzz/corpus`; all if none is named
@@ -137,6 +144,7 @@ fn act(what: &What) -> Result<ExitCode> {
         What::Compare(options) => return compare::run(options),
         What::Demo { flags } => return demo::run(flags),
         What::Bench { flags } => return bench::run(flags),
+        What::Count { write } => return count::run(*write),
         What::Fuzz { targets, seconds, input } => {
             return match (input, targets.as_slice()) {
                 (None, _) => fuzz::run(targets, *seconds),
@@ -168,6 +176,7 @@ fn test(name: Option<&str>, xen: Option<Xen>) -> Result<ExitCode> {
             .collect::<Result<_>>()?,
         (None, None) => {
             tally += host::test()?;
+            tally += count::test()?;
             by_default.collect()
         }
     };

@@ -133,6 +133,14 @@ pub fn xz() -> Result<()> {
     Ok(())
 }
 
+/// What counts instructions; installed if it is missing.
+pub fn valgrind() -> Result<()> {
+    if paths::program("valgrind").is_none() {
+        install("valgrind", "valgrind")?;
+    }
+    Ok(())
+}
+
 /// A C++ compiler, for the fuzzing engine; installed if it is missing.
 pub fn cxx() -> Result<()> {
     if paths::program("c++").is_none() {

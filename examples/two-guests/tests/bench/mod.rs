@@ -5,13 +5,12 @@ use std::num::NonZeroUsize;
 use evtchn::Upcalls;
 use grant::{GrantTable, Mapper};
 use hypercall::{DomId, Handle, Hypervisor, Instant, VcpuId};
-use netback::datapath::{Datapath, Datapaths, Policy};
+use netback::datapath::{Datapath, Datapaths, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Hotplug, Notice};
 use netfront::{Frontend, Meta, SendError};
 use netif::mac::MacAddr;
 use sim::{DomainConfig, Sim, SimHv};
-use two_guests::Board;
 use xenbus::client::{Change, Client};
 use xenbus::server::{ConnId, Quotas, Server};
 use xenbus::wire::{Access, Perm};
@@ -128,14 +127,15 @@ impl<H: Hypervisor> End<H> {
 }
 
 impl<H: Hypervisor> Bench<H> {
-    /// A machine that is connected and warm.
-    pub fn new(load: Load, wrap: fn(SimHv) -> H, watch: fn(bool)) -> Self {
-        let board = match load.path {
-            Datapath::MapIdentity => Board::Arm2014,
-            _ => Board::Arm,
-        };
+    /// A machine that is connected and warm, whose domain 0 is as given, and what the backend finds out about it.
+    pub fn new(
+        load: Load,
+        (domain, facts): (DomainConfig, Facts),
+        wrap: fn(SimHv) -> H,
+        watch: fn(bool),
+    ) -> Self {
         let sim = Sim::new();
-        let dom0 = sim.create(board.domain());
+        let dom0 = sim.create(domain);
         let mut server = Server::new(Quotas::default());
         let mut toolstack = (server.connect(DomId(0), true), Client::new());
         let own = wrap(dom0.clone());
@@ -150,7 +150,7 @@ impl<H: Hypervisor> Bench<H> {
             max_vifs: 4,
             switch: SwitchLimits::default(),
             seed: Seed(1, 2),
-            facts: board.facts(),
+            facts,
             policy: Policy {
                 allowed: Datapaths::COPY | load.path.only(),
                 direct_from: 1,
@@ -220,10 +220,6 @@ impl<H: Hypervisor> Bench<H> {
         }
         // What is under way from one turn to the next is as it will be.
         (0..2).for_each(|_| self.turn());
-        println!(
-            "{:?}",
-            [0, 1].map(|i| (self.guests[i].nic.static_grants(), self.guests[i].nic.counters()))
-        );
     }
 
     /// Everybody has a turn, and the store, and nothing is sent.
