@@ -244,10 +244,13 @@ pub fn start(run: &mut Run) {
 const FIRST: u64 = 120;
 
 fn first_packet(run: &Run) -> Result<f64> {
-    let begun = run.expect(Source::Dom(1), FIRST, "guest 1", |line| clock(&line.text))?;
-    let first = |source| run.expect(source, FIRST, "an answered ping", |line| answered(&line.text));
-    // Whichever got it. Both answer before long.
-    Ok(first(Source::Dom(1))?.min(first(Source::Dom(2))?) - begun)
+    // Whichever is the first to say so.
+    let first = |what, pick: fn(&str) -> Option<f64>| -> Result<f64> {
+        let by = |guest| run.expect(Source::Dom(guest), FIRST, what, |line| pick(&line.text));
+        Ok(by(1)?.min(by(2)?))
+    };
+    let begun = first("a guest", clock)?;
+    Ok(first("an answered ping", answered)? - begun)
 }
 
 /// What the clock of a guest of this project said when it wrote a line: `[ INFO] 1.516 guest: …`.
