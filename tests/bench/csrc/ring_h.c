@@ -68,47 +68,45 @@ void ring_h_init(const struct work *work, struct front *front, struct back *back
     back->done = back->next = 0;
 }
 
-void ring_h_front(const struct work *work, struct front *front, const volatile bool *over)
+static inline void front_turn(const struct work *work, struct front *front)
 {
     const uint32_t slots = work->size ? (work->size + PAGE - 1) / PAGE : 1;
     uint32_t batch = work->batch * slots > IDS ? IDS / slots : work->batch;
     int notify;
 
-    while (!*over) {
-        RING_IDX prod = front->ring.sring->rsp_prod;
+    RING_IDX prod = front->ring.sring->rsp_prod;
 
-        xen_rmb();
-        while (front->ring.rsp_cons != prod) {
-            const netif_tx_response_t *rsp = RING_GET_RESPONSE(&front->ring, front->ring.rsp_cons++);
+    xen_rmb();
+    while (front->ring.rsp_cons != prod) {
+        const netif_tx_response_t *rsp = RING_GET_RESPONSE(&front->ring, front->ring.rsp_cons++);
 
-            front->free[front->count++] = rsp->id % IDS;
-        }
-        if (front->count < batch * slots)
-            continue;
-        for (uint32_t packet = 0; packet < batch; packet++) {
-            uint32_t left = work->size, written = work->written;
-
-            for (uint32_t slot = 0; slot < slots; slot++) {
-                uint16_t id = front->free[--front->count];
-                uint32_t part = left > PAGE ? PAGE : left;
-                uint32_t write = written > part ? part : written;
-                uint32_t offset = id * work->spread % (PAGE / 2);
-                netif_tx_request_t *req = RING_GET_REQUEST(&front->ring, front->ring.req_prod_pvt++);
-
-                if (write)
-                    memcpy(work->pages[id] + offset, work->payload, write);
-                req->gref = work->refs ? work->refs[id] : id;
-                req->offset = offset;
-                req->flags = slot + 1 < slots ? NETTXF_more_data : 0;
-                req->id = id;
-                req->size = part;
-                left -= part;
-                written -= write;
-            }
-        }
-        RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&front->ring, notify);
-        (void)notify;
+        front->free[front->count++] = rsp->id % IDS;
     }
+    if (front->count < batch * slots)
+        return;
+    for (uint32_t packet = 0; packet < batch; packet++) {
+        uint32_t left = work->size, written = work->written;
+
+        for (uint32_t slot = 0; slot < slots; slot++) {
+            uint16_t id = front->free[--front->count];
+            uint32_t part = left > PAGE ? PAGE : left;
+            uint32_t write = written > part ? part : written;
+            uint32_t offset = id * work->spread % (PAGE / 2);
+            netif_tx_request_t *req = RING_GET_REQUEST(&front->ring, front->ring.req_prod_pvt++);
+
+            if (write)
+                memcpy(work->pages[id] + offset, work->payload, write);
+            req->gref = work->refs ? work->refs[id] : id;
+            req->offset = offset;
+            req->flags = slot + 1 < slots ? NETTXF_more_data : 0;
+            req->id = id;
+            req->size = part;
+            left -= part;
+            written -= write;
+        }
+    }
+    RING_PUSH_REQUESTS_AND_CHECK_NOTIFY(&front->ring, notify);
+    (void)notify;
 }
 
 static void copy_by_xen(const struct work *work, struct back *back, uint32_t at, const netif_tx_request_t *req)
@@ -125,44 +123,63 @@ static void copy_by_xen(const struct work *work, struct back *back, uint32_t at,
     op->flags = GNTCOPY_source_gref;
 }
 
-void ring_h_back(const struct work *work, struct back *back, const volatile bool *over, volatile uint64_t *done)
+static inline void back_turn(const struct work *work, struct back *back)
 {
     const size_t stride = ((size_t)work->size % PAGE + 63) & ~(size_t)63;
     netif_tx_request_t taken[MOST];
     int notify;
 
-    while (!*over) {
-        RING_IDX prod = back->ring.sring->req_prod;
+    RING_IDX prod = back->ring.sring->req_prod;
 
-        xen_rmb();
-        while (back->ring.req_cons != prod) {
-            uint32_t count = 0;
+    xen_rmb();
+    while (back->ring.req_cons != prod) {
+        uint32_t count = 0;
 
-            while (count < MOST && back->ring.req_cons != prod) {
-                netif_tx_request_t *req = &taken[count];
+        while (count < MOST && back->ring.req_cons != prod) {
+            netif_tx_request_t *req = &taken[count];
 
-                RING_COPY_REQUEST(&back->ring, back->ring.req_cons, req);
-                back->ring.req_cons++;
-                if (work->copy)
-                    copy_by_xen(work, back, count, req);
-                else if (req->size)
-                    memcpy(work->buffers + back->next * (work->size > PAGE ? PAGE : stride),
-                           work->pages[req->gref % IDS] + req->offset, req->size);
-                back->next = (back->next + 1) % IDS;
-                count++;
-            }
+            RING_COPY_REQUEST(&back->ring, back->ring.req_cons, req);
+            back->ring.req_cons++;
             if (work->copy)
-                work->copy(work->xen, back->ops, count);
-            for (uint32_t at = 0; at < count; at++) {
-                netif_tx_response_t *rsp = RING_GET_RESPONSE(&back->ring, back->ring.rsp_prod_pvt++);
-
-                rsp->id = taken[at].id;
-                rsp->status = work->copy && back->ops[at].status ? NETIF_RSP_ERROR : NETIF_RSP_OKAY;
-                back->done += !(taken[at].flags & NETTXF_more_data);
-            }
-            RING_PUSH_RESPONSES_AND_CHECK_NOTIFY(&back->ring, notify);
-            (void)notify;
+                copy_by_xen(work, back, count, req);
+            else if (req->size)
+                memcpy(work->buffers + back->next * (work->size > PAGE ? PAGE : stride),
+                       work->pages[req->gref % IDS] + req->offset, req->size);
+            back->next = (back->next + 1) % IDS;
+            count++;
         }
+        if (work->copy)
+            work->copy(work->xen, back->ops, count);
+        for (uint32_t at = 0; at < count; at++) {
+            netif_tx_response_t *rsp = RING_GET_RESPONSE(&back->ring, back->ring.rsp_prod_pvt++);
+
+            rsp->id = taken[at].id;
+            rsp->status = work->copy && back->ops[at].status ? NETIF_RSP_ERROR : NETIF_RSP_OKAY;
+            back->done += !(taken[at].flags & NETTXF_more_data);
+        }
+        RING_PUSH_RESPONSES_AND_CHECK_NOTIFY(&back->ring, notify);
+        (void)notify;
+    }
+}
+
+void ring_h_front(const struct work *work, struct front *front, const volatile bool *over)
+{
+    while (!*over)
+        front_turn(work, front);
+}
+
+void ring_h_back(const struct work *work, struct back *back, const volatile bool *over, volatile uint64_t *done)
+{
+    while (!*over) {
+        back_turn(work, back);
         *done = back->done;
     }
+}
+
+/* Both ends in one thread; answers how many packets there were so far. */
+uint64_t ring_h_step(const struct work *work, struct front *front, struct back *back)
+{
+    front_turn(work, front);
+    back_turn(work, back);
+    return back->done;
 }

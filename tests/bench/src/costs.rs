@@ -5,6 +5,7 @@ use anyhow::Result;
 use netback::datapath::Datapath;
 use serde_json::{Value, json};
 
+use crate::duel::Subject as _;
 use crate::pair::{Load, Pair, Reading, Way};
 use crate::plan::{SIZES, paths};
 
@@ -44,7 +45,7 @@ pub fn all() -> Result<Vec<Costs>> {
 fn count(load: Load) -> Result<Costs> {
     let mut pair = Pair::new(load)?;
     // What is under way from one turn to the next is as it will be.
-    (0..50).for_each(|_| pair.step());
+    (0..50).for_each(|_| _ = pair.step());
     let before = pair.read();
     let mut turns = 0;
     while pair.read().packets - before.packets < PACKETS {
@@ -53,7 +54,7 @@ fn count(load: Load) -> Result<Costs> {
         anyhow::ensure!(turns < PACKETS * 10, "{load:?}: nothing moves");
     }
     let after = pair.read();
-    crate::duel::Subject::check(&pair)?;
+    pair.check()?;
     Ok(costs(load, &before, &after))
 }
 

@@ -22,6 +22,11 @@ pub trait Subject {
         0
     }
 
+    /// Each half has a turn, in this thread; `false` if that cannot be.
+    fn step(&mut self) -> bool {
+        false
+    }
+
     /// Whether all went as it should, when all runs are over.
     fn check(&self) -> Result<()> {
         Ok(())
@@ -148,6 +153,23 @@ impl Arena {
                 lost: lost.fold(0.0, f64::max),
             }
         })
+    }
+
+    /// Has a subject run in this thread alone until that has used so much of its processor: nanoseconds of that for a packet.
+    /// What others do meanwhile, and where the processors are, matters little here.
+    pub fn alone(subject: &mut dyn Subject, length: Duration) -> Option<f64> {
+        let (begin, first) = (used(), subject.begin());
+        let mut took = Duration::ZERO;
+        while took < length {
+            for _ in 0..16 {
+                if !subject.step() {
+                    return None;
+                }
+            }
+            took = used() - begin;
+        }
+        let packets = subject.begin().wrapping_sub(first);
+        (packets > 0).then(|| took.as_nanos() as f64 / packets as f64)
     }
 
     /// A ping-pong of one cache line: nanoseconds one way.

@@ -179,11 +179,11 @@ impl Back {
         let Self { load, backend, upcalls, client, to, sent, arrived, more, clock, idle, .. } =
             self;
         let told = upcalls.scan(64, |port| _ = backend.on_event(port)) > 0;
-        let now = clock.now();
         let mut some = told || *more;
         if load.way == Way::Out {
             let window = WINDOW / load.size.div_ceil(PAGE_SIZE) as u64;
             let room = window.saturating_sub(*sent - received).min(load.batch as u64);
+            let now = clock.now();
             for _ in 0..room {
                 let Some(mut packet) = backend.packet(load.size, now) else { break };
                 if let Some(place) = packet.bytes_mut().first_chunk_mut() {
@@ -198,7 +198,7 @@ impl Back {
         if !some && !idle.is_multiple_of(IDLE_TURNS) {
             return false;
         }
-        *more = backend.poll(client, now, |_| {});
+        *more = backend.poll(client, clock.now(), |_| {});
         while let Some(packet) = backend.receive_local() {
             *arrived += 1;
             // Its pages go back by the next poll.
@@ -255,6 +255,13 @@ impl Subject for Pair {
         if self.front.load.way == Way::In { self.back.arrived } else { self.front.arrived }
     }
 
+    fn step(&mut self) -> bool {
+        self.front.turn();
+        let received = self.front.arrived;
+        self.back.turn(received);
+        true
+    }
+
     /// Nothing may have been dropped on the way, and what was to be carried in one way was.
     fn check(&self) -> Result<()> {
         for vif in self.back.backend.vifs() {
@@ -290,13 +297,6 @@ pub struct Reading {
 }
 
 impl Pair {
-    /// Each has its turn, in this thread: what does not depend on how fast they are.
-    pub fn step(&mut self) {
-        self.front.turn();
-        let received = self.front.arrived;
-        self.back.turn(received);
-    }
-
     /// What was counted so far.
     pub fn read(&mut self) -> Reading {
         let guests = &self.front.guests;

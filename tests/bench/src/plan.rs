@@ -13,7 +13,7 @@ use crate::peers::descriptors::{Descriptors, Queue};
 #[cfg(ring_h)]
 use crate::peers::ring_h::RingH;
 use crate::peers::rings::Rings;
-use crate::series::{Sample, Series};
+use crate::series::{Sample, Series, Stats};
 use crate::testpmd;
 
 /// Sizes of packets: the least, the most of Ethernet, and the most of a packet.
@@ -94,6 +94,8 @@ pub struct Group {
     /// Bytes of a packet; none, where descriptors are what is carried.
     pub size: Option<usize>,
     pub series: Vec<Series>,
+    /// Both ends in one thread: nanoseconds of its processor for a packet, in the order of the series.
+    pub alone: Vec<Option<Stats>>,
     /// What did not go as it should.
     pub remarks: Vec<String>,
 }
@@ -166,11 +168,18 @@ impl Bench {
                 self.bar.inc(1);
             }
         }
+        let mut alone = vec![Vec::new(); candidates.len()];
+        for _ in 0..self.pace.rounds {
+            for (candidate, alone) in candidates.iter_mut().zip(&mut alone) {
+                alone.extend(Arena::alone(&mut *candidate.subject, self.pace.sample));
+            }
+        }
+        let alone = alone.into_iter().map(Stats::of).collect();
         let remark = |of: &Candidate| Some(format!("{}: {:#}", of.name, of.subject.check().err()?));
         let remarks = candidates.iter().filter_map(remark).collect();
         let series = candidates.into_iter().zip(samples);
         let series = series.map(|(candidate, samples)| Series::new(candidate.name, samples));
-        Ok(Group { title: title.to_owned(), size, series: series.collect(), remarks })
+        Ok(Group { title: title.to_owned(), size, series: series.collect(), alone, remarks })
     }
 
     /// Everything that is to be measured.

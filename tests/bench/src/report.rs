@@ -29,14 +29,15 @@ fn print_group(group: &Group) {
     println!("\n{}", group.title);
     let reference = group.find(names::RING_H).or_else(|| group.find(names::DESCRIPTORS_C));
     println!(
-        "{:<44} {:>28} {:>28} {:>7} {:>14}",
+        "{:<44} {:>28} {:>28} {:>7} {:>14} {:>22}",
         "",
         "near, M/s",
         "far, M/s",
         if group.size.is_some() { "GB/s" } else { "" },
-        if reference.is_some() { "against ring.h" } else { "" }
+        if reference.is_some() { "against ring.h" } else { "" },
+        "one thread, ns"
     );
-    for series in &group.series {
+    for (series, alone) in group.series.iter().zip(&group.alone) {
         let gigabytes = group.size.and_then(|size| {
             series.main().map(|(_, stats)| figure(stats.median * size as f64 / 1e9))
         });
@@ -44,12 +45,15 @@ fn print_group(group: &Group) {
         let ratio = reference.filter(|peer| peer.name != series.name).zip(class);
         let ratio = ratio.and_then(|(peer, class)| series.ratio(&[peer], class));
         println!(
-            "{:<44} {:>28} {:>28} {:>7} {:>14}{}",
+            "{:<44} {:>28} {:>28} {:>7} {:>14} {:>22}{}",
             series.name,
             mega(series.stats(Class::Near)),
             mega(series.stats(Class::Far)),
             gigabytes.unwrap_or_default(),
             ratio.map(|ratio| format!("{} x", figure(ratio.median))).unwrap_or_default(),
+            alone.map_or("-".into(), |Stats { median, low, high, .. }| {
+                format!("{} ({}-{})", figure(median), figure(low), figure(high))
+            }),
             if series.is_disturbed() { "  disturbed" } else { "" }
         );
     }
@@ -249,7 +253,8 @@ fn pictures(measured: &Measured, costs: &[Costs]) -> [(&'static str, String); 4]
 fn data(measured: &Measured, costs: &[Costs], targets: &[Target]) -> Value {
     let group = |group: &Group| {
         let series: Vec<_> = group.series.iter().map(Series::json).collect();
-        json!({ "title": group.title, "bytes": group.size, "series": series, "remarks": group.remarks })
+        let alone: Vec<_> = group.alone.iter().map(|of| of.map(|of| of.json())).collect();
+        json!({ "title": group.title, "bytes": group.size, "series": series, "one_thread_ns": alone, "remarks": group.remarks })
     };
     let foreign = measured.foreign.iter().map(|foreign| match &foreign.outcome {
         Ok((class, rates)) => json!({

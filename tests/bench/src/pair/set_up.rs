@@ -16,6 +16,7 @@ use xenbus::server::{ConnId, Quotas, Server};
 use xenbus::wire::{Access, Perm};
 
 use super::{Back, Clock, End, Front, HEADER, Load, OWN, Pair, Way, header};
+use crate::duel::Subject as _;
 use crate::xen::{Hv, machine};
 
 /// Pages of domain 0, and of each guest.

@@ -216,4 +216,27 @@ impl Subject for Rings {
     fn begin(&mut self) -> u64 {
         self.back.done
     }
+
+    fn step(&mut self) -> bool {
+        let Self { packets, batch, front, back } = self;
+        let sent = front.turn(*packets, *batch);
+        let taken = if packets.is_some() { back.packets() } else { back.descriptors() };
+        sent.and(taken).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_packet_and_descriptor_arrives() {
+        let packets = Packets::headers(1500, 32);
+        for mut subject in [Rings::packets(packets).unwrap(), Rings::descriptors(32).unwrap()] {
+            for turn in 1..20 {
+                assert!(subject.step());
+                assert_eq!(subject.begin(), turn * 32);
+            }
+        }
+    }
 }
