@@ -83,10 +83,13 @@ fn carry(mut bench: Bench<Quiet>) -> Bench<Quiet> {
 
 library_benchmark_group!(name = packets, benchmarks = [carry]);
 
+/// Which `memcpy` the C library takes would depend on the processor and its caches: it takes the plainest that there is on x86_64.
+const TUNABLES: &str = "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX2,-AVX_Fast_Unaligned_Load,-ERMS,-SSSE3:\
+                        glibc.cpu.x86_non_temporal_threshold=0x1000000";
+
 main!(
-    config = LibraryBenchmarkConfig::default().tool(Callgrind::with_args([
-        "--toggle-collect=instructions::uncounted*",
-        "--cache-sim=no"
-    ])),
+    config = LibraryBenchmarkConfig::default().env("GLIBC_TUNABLES", TUNABLES).tool(
+        Callgrind::with_args(["--toggle-collect=instructions::uncounted*", "--cache-sim=no"])
+    ),
     library_benchmark_groups = [packets, rings, parts]
 );
