@@ -128,7 +128,7 @@ fn ten_times(
         let busy = if what == "under traffic" { from } else { &[] };
         let made = (1..=5).try_fold(Vec::new(), |mut times, number| {
             for domain in busy {
-                let pings = format!("bg pings /usr/bin/ping -q -i 0.002 -s 1000 10.9.0.1{to}");
+                let pings = format!("bg pings /usr/bin/ping -q -i 0.005 -s 1000 10.9.0.1{to}");
                 run.good(*domain, &pings, 20)?;
             }
             let started = run.age();
