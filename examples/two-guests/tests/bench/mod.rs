@@ -1,5 +1,7 @@
 //! Two guests and a backend to which a test gives every turn itself, under the greatest load that their rings let through.
 
+mod nodes;
+
 use std::num::NonZeroUsize;
 
 use evtchn::Upcalls;
@@ -10,10 +12,10 @@ use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Hotplug, Notice};
 use netfront::{Frontend, Meta, SendError};
 use netif::mac::MacAddr;
+use nodes::nodes;
 use sim::{DomainConfig, Sim, SimHv};
-use xenbus::client::{Change, Client};
+use xenbus::client::Client;
 use xenbus::server::{ConnId, Quotas, Server};
-use xenbus::wire::{Access, Perm};
 
 const UPLINK: MacAddr = MacAddr([0, 0x16, 0x3e, 0, 2, 0]);
 /// Nanoseconds between two turns.
@@ -70,36 +72,6 @@ fn converse(server: &mut Server, conn: ConnId, client: &mut Client) -> bool {
     client.receive(bytes).unwrap();
     server.consume_output(conn, heard);
     sent + heard > 0
-}
-
-fn nodes(guest: DomId, mac: MacAddr) -> Vec<Change> {
-    let home = format!("/local/domain/{guest}");
-    let front = format!("{home}/device/vif/0");
-    let back = format!("/local/domain/0/backend/vif/{guest}/0");
-    let mut changes = Vec::new();
-    for (path, owner, reader) in
-        [(&home, DomId(0), guest), (&front, guest, DomId(0)), (&back, DomId(0), guest)]
-    {
-        let perms = [Perm::new(Access::None, owner), Perm::new(Access::Read, reader)];
-        changes.push(Change::Mkdir { path: path.clone() });
-        changes.push(Change::SetPerms { path: path.clone(), perms: perms.into() });
-    }
-    let (id, mac) = (guest.to_string(), mac.to_string());
-    for (dir, key, value) in [
-        (&back, "frontend", front.as_str()),
-        (&back, "frontend-id", &id),
-        (&back, "online", "1"),
-        (&back, "state", "1"),
-        (&back, "mac", &mac),
-        (&back, "hotplug-status", "connected"),
-        (&front, "backend", &back),
-        (&front, "backend-id", "0"),
-        (&front, "state", "1"),
-        (&front, "mac", &mac),
-    ] {
-        changes.push(Change::Write { path: format!("{dir}/{key}"), value: value.into() });
-    }
-    changes
 }
 
 impl<H: Hypervisor> End<H> {

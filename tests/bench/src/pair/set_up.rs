@@ -1,5 +1,8 @@
 //! How a pair is made: a xenstore, a toolstack's nodes, and turns until packets flow.
 
+#[path = "../../../../examples/two-guests/tests/bench/nodes.rs"]
+mod nodes;
+
 use std::num::NonZeroUsize;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -11,9 +14,9 @@ use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Hotplug};
 use netfront::{Frontend, Meta};
 use netif::mac::MacAddr;
-use xenbus::client::{Change, Client};
+use nodes::nodes;
+use xenbus::client::Client;
 use xenbus::server::{ConnId, Quotas, Server};
-use xenbus::wire::{Access, Perm};
 
 use super::{Back, Clock, End, Front, HEADER, Load, OWN, Pair, Way, header};
 use crate::duel::Subject as _;
@@ -40,36 +43,6 @@ fn converse(server: &mut Server, conn: ConnId, client: &mut Client) -> Result<()
     client.receive(bytes).map_err(|error| anyhow!("a store client: {error:?}"))?;
     server.consume_output(conn, heard);
     Ok(())
-}
-
-fn nodes(guest: DomId, mac: MacAddr) -> Vec<Change> {
-    let home = format!("/local/domain/{guest}");
-    let front = format!("{home}/device/vif/0");
-    let back = format!("/local/domain/0/backend/vif/{guest}/0");
-    let mut changes = Vec::new();
-    for (path, owner, reader) in
-        [(&home, DomId(0), guest), (&front, guest, DomId(0)), (&back, DomId(0), guest)]
-    {
-        let perms = [Perm::new(Access::None, owner), Perm::new(Access::Read, reader)];
-        changes.push(Change::Mkdir { path: path.clone() });
-        changes.push(Change::SetPerms { path: path.clone(), perms: perms.into() });
-    }
-    let (id, mac) = (guest.to_string(), mac.to_string());
-    for (dir, key, value) in [
-        (&back, "frontend", front.as_str()),
-        (&back, "frontend-id", &id),
-        (&back, "online", "1"),
-        (&back, "state", "1"),
-        (&back, "mac", &mac),
-        (&back, "hotplug-status", "connected"),
-        (&front, "backend", &back),
-        (&front, "backend-id", "0"),
-        (&front, "state", "1"),
-        (&front, "mac", &mac),
-    ] {
-        changes.push(Change::Write { path: format!("{dir}/{key}"), value: value.into() });
-    }
-    changes
 }
 
 impl End {
