@@ -39,7 +39,8 @@ void peer_init(void)
 
 /* Sends `count` packets of `size` bytes, takes them into `to`, answers them, and takes the answers. With no bytes it is the
  * descriptors alone. Answers how often somebody would have been notified, or -1 if something does not fit. */
-int peer_batch(unsigned count, const unsigned char *packet, unsigned size, unsigned char *to)
+static inline __attribute__((always_inline)) int
+batch(unsigned count, const unsigned char *packet, unsigned size, unsigned char *to)
 {
     int notifications = 0, notify, work;
 
@@ -71,8 +72,10 @@ int peer_batch(unsigned count, const unsigned char *packet, unsigned size, unsig
             peer.back.req_cons++;
             if (request.gref >= SLOTS || request.offset + request.size > PAGE)
                 return -1;
-            if (request.size)
-                memcpy(to, peer.pages[request.gref] + request.offset, request.size);
+            if (request.size != size)
+                return -1;
+            if (size)
+                memcpy(to, peer.pages[request.gref] + request.offset, size);
             response = RING_GET_RESPONSE(&peer.back, peer.back.rsp_prod_pvt++);
             response->id = request.id;
             response->status = NETIF_RSP_OKAY;
@@ -99,4 +102,20 @@ int peer_batch(unsigned count, const unsigned char *packet, unsigned size, unsig
             break;
     }
     return notifications;
+}
+
+/* One for each size, so that the compiler knows it. */
+int peer_descriptors(unsigned count, const unsigned char *packet, unsigned char *to)
+{
+    return batch(count, packet, 0, to);
+}
+
+int peer_copy_64(unsigned count, const unsigned char *packet, unsigned char *to)
+{
+    return batch(count, packet, 64, to);
+}
+
+int peer_copy_1500(unsigned count, const unsigned char *packet, unsigned char *to)
+{
+    return batch(count, packet, 1500, to);
 }

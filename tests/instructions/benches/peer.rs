@@ -7,30 +7,43 @@ use instructions::ITEMS;
 
 use crate::ring::BATCH;
 
+/// Sends, takes, answers and reaps so many packets.
+type Batch = unsafe extern "C" fn(count: c_uint, packet: *const u8, to: *mut u8) -> c_int;
+
 // SAFETY: as in peer.c.
 unsafe extern "C" {
     /// To be called first, once, and by no two threads.
     fn peer_init();
-    /// `packet` and `to` have `size` bytes, at most a page. By no two threads at a time.
-    fn peer_batch(count: c_uint, packet: *const u8, size: c_uint, to: *mut u8) -> c_int;
+    /// No bytes are looked at. By no two threads at a time, as the others.
+    fn peer_descriptors(count: c_uint, packet: *const u8, to: *mut u8) -> c_int;
+    /// `packet` and `to` have as many bytes as the name says.
+    fn peer_copy_64(count: c_uint, packet: *const u8, to: *mut u8) -> c_int;
+    /// Likewise.
+    fn peer_copy_1500(count: c_uint, packet: *const u8, to: *mut u8) -> c_int;
 }
 
-fn peer(size: usize) -> (Vec<u8>, Vec<u8>) {
+struct Peer {
+    batch: Batch,
+    packet: Vec<u8>,
+    to: Vec<u8>,
+}
+
+fn peer(batch: Batch, size: usize) -> Peer {
     // SAFETY: a case has a process and a thread of its own.
     unsafe { peer_init() };
-    (vec![0x5a; size], vec![0; size])
+    Peer { batch, packet: vec![0x5a; size], to: vec![0; size] }
 }
 
 #[library_benchmark(setup = peer)]
-#[bench::descriptors(0)]
-#[bench::copy_64(64)]
-#[bench::copy_1500(1500)]
-fn ring_h((packet, mut to): (Vec<u8>, Vec<u8>)) -> (Vec<u8>, Vec<u8>) {
+#[bench::descriptors(peer_descriptors, 0)]
+#[bench::copy_64(peer_copy_64, 64)]
+#[bench::copy_1500(peer_copy_1500, 1500)]
+fn ring_h(mut peer: Peer) -> Peer {
     for _ in 0..ITEMS / u64::from(BATCH) {
-        let size = packet.len() as c_uint;
-        // SAFETY: `peer` came before, and both have `size` bytes.
-        let done = unsafe { peer_batch(BATCH.into(), packet.as_ptr(), size, to.as_mut_ptr()) };
+        // SAFETY: `peer_init` came before, and both have as many bytes as this one takes.
+        let done =
+            unsafe { (peer.batch)(BATCH.into(), peer.packet.as_ptr(), peer.to.as_mut_ptr()) };
         assert!(done >= 0);
     }
-    (packet, to)
+    peer
 }

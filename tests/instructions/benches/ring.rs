@@ -57,7 +57,9 @@ impl Pair {
     fn send(&mut self) {
         for _ in 0..BATCH {
             let id = self.free.pop().unwrap();
-            self.sent[usize::from(id)].write_bytes(0, &self.packet);
+            if !self.packet.is_empty() {
+                self.sent[usize::from(id)].write_bytes(0, &self.packet);
+            }
             let request = TxRequest {
                 gref: GrantRef(id.into()),
                 offset: 0,
@@ -75,8 +77,10 @@ impl Pair {
         loop {
             while let Some(request) = self.back.take() {
                 assert!(usize::from(request.offset) + usize::from(request.size) <= PAGE_SIZE);
-                let to = &mut self.to[..request.size.into()];
-                self.seen[request.gref.0 as usize].read_bytes(request.offset.into(), to);
+                if request.size > 0 {
+                    let to = &mut self.to[..request.size.into()];
+                    self.seen[request.gref.0 as usize].read_bytes(request.offset.into(), to);
+                }
                 self.back.push(TxResponse { id: request.id, status: TxStatus::OKAY }).unwrap();
             }
             if !self.back.arm().unwrap() {
