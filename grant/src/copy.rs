@@ -42,8 +42,8 @@ pub struct CopyOps {
 /// [`CopyResults::of`] takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct CopyRange {
-    first: usize,
-    end: usize,
+    first: u32,
+    end: u32,
 }
 
 impl CopyRange {
@@ -56,7 +56,7 @@ impl CopyRange {
     /// How many copies.
     #[must_use]
     pub const fn len(self) -> usize {
-        self.end.saturating_sub(self.first)
+        self.end.saturating_sub(self.first) as usize
     }
 
     /// Whether it is none at all.
@@ -135,15 +135,18 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         if own.pages() > self.room() {
             return Err(CopyError::Full);
         }
-        let first = self.len();
+        let first = self.next();
         let mut offset = peer.offset.get();
         while let Some((page, within, len)) = own.next_page() {
             let theirs = CopyEnd::granted(peer.domain, peer.gref, offset);
             let (source, dest) = ends(theirs, CopyEnd::own(page.gfn, within));
             self.push(source, dest, len, flags, Some(page));
+            if own.len() == 0 {
+                break;
+            }
             offset += len;
         }
-        Ok(CopyRange { first, end: self.len() })
+        Ok(CopyRange { first, end: self.next() })
     }
 
     /// From a peer's page into a buffer of ours, as many bytes as `to` has.
@@ -178,11 +181,17 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         if self.room() == 0 {
             return Err(CopyError::Full);
         }
-        let first = self.len();
+        let first = self.next();
         let source = CopyEnd::granted(from.domain, from.gref, from.offset.get());
         let dest = CopyEnd::granted(to.domain, to.gref, to.offset.get());
         self.push(source, dest, len, GNTCOPY_SOURCE_GREF | GNTCOPY_DEST_GREF, None);
-        Ok(CopyRange { first, end: self.len() })
+        Ok(CopyRange { first, end: self.next() })
+    }
+
+    /// The number of the copy that is added next.
+    fn next(&self) -> u32 {
+        // A batch of 2^32 copies has no place in memory.
+        self.ops.ops.len() as u32
     }
 
     /// How many more copies there is room for.
@@ -237,7 +246,8 @@ impl CopyResults<'_> {
     /// # Errors
     /// The first failure's status.
     pub fn of(&self, range: CopyRange) -> Result<(), GrantStatus> {
-        let ops = self.ops.get(range.first..range.end).ok_or(GrantStatus::UNTOUCHED)?;
+        let ops =
+            self.ops.get(range.first as usize..range.end as usize).ok_or(GrantStatus::UNTOUCHED)?;
         match ops.iter().find(|op| !op.status.is_ok()) {
             None => Ok(()),
             Some(op) => Err(op.status),

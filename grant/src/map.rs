@@ -333,6 +333,12 @@ macro_rules! shared_memory {
             fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
                 self.page.store_u32(offset, value, order);
             }
+            fn load_words<const N: usize>(&self, offset: usize) -> [u32; N] {
+                self.page.load_words(offset)
+            }
+            fn store_words<const N: usize>(&self, offset: usize, words: [u32; N]) {
+                self.page.store_words(offset, words);
+            }
             fn fence(&self) {
                 self.page.fence();
             }

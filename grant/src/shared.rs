@@ -19,6 +19,18 @@ pub trait SharedMemory {
     fn load_u32(&self, offset: usize, order: Ordering) -> u32;
     /// Writes one 32-bit word.
     fn store_u32(&self, offset: usize, value: u32, order: Ordering);
+    /// Adjacent words, each read once, in no order among them.
+    #[inline]
+    fn load_words<const N: usize>(&self, offset: usize) -> [u32; N] {
+        core::array::from_fn(|index| self.load_u32(offset + index * 4, Ordering::Relaxed))
+    }
+    /// Writes adjacent words, each once, in no order among them.
+    #[inline]
+    fn store_words<const N: usize>(&self, offset: usize, words: [u32; N]) {
+        for (index, word) in words.into_iter().enumerate() {
+            self.store_u32(offset + index * 4, word, Ordering::Relaxed);
+        }
+    }
     /// `fence(SeqCst)`: what was stored before is visible before what is loaded after.
     fn fence(&self);
     /// Copies bytes out, each read once; stops at the end of the page.
@@ -54,6 +66,17 @@ impl SharedPage {
         Self { base }
     }
 
+    /// Adjacent words; where they would not all be in the page, the last that are.
+    #[inline]
+    fn words<const N: usize>(&self, offset: usize) -> &[AtomicU32; N] {
+        const { assert!(N <= PAGE_SIZE / 4) };
+        let offset = (offset % PAGE_SIZE).min(PAGE_SIZE - N * 4) & !3;
+        // SAFETY: they begin at a multiple of 4 and end within the page, which is aligned and lives as long as `self`;
+        // an `AtomicU32` may be written by others at any time.
+        unsafe { self.base.add(offset).cast().as_ref() }
+    }
+
+    #[inline]
     fn word(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: the offset is within the page and a multiple of 4, the page is aligned and lives as long as `self`;
         // an `AtomicU32` may be written by others at any time.
@@ -61,6 +84,7 @@ impl SharedPage {
     }
 
     /// Part of the page as atomics of one size, from a multiple of it on; empty where there is no such part.
+    #[inline]
     fn slice<A: Atomic<N>, const N: usize>(&self, from: usize, end: usize) -> &[A] {
         let first = from / N;
         let count = (end.min(PAGE_SIZE) / N).saturating_sub(first);
@@ -69,6 +93,42 @@ impl SharedPage {
         unsafe {
             slice::from_raw_parts(self.base.cast().add(first.min(PAGE_SIZE / N)).as_ptr(), count)
         }
+    }
+
+    /// The longs that a part of the page is in, if it begins with one, as packets mostly do, and ends in the page.
+    #[inline]
+    fn longs(&self, offset: usize, len: usize) -> Option<&[AtomicU64]> {
+        let first = offset / 8;
+        let page: &[AtomicU64] = self.slice(0, PAGE_SIZE);
+        page.get(first..first + len.div_ceil(8)).filter(|_| offset.is_multiple_of(8))
+    }
+
+    /// The last bytes of a part that begins with a long.
+    #[inline(never)]
+    fn read_last(&self, offset: usize, to: &mut [u8]) {
+        let end = offset + to.len();
+        let to = read::<AtomicU64, _>(self.slice(offset, end), to);
+        let to = read::<AtomicU32, _>(self.slice(end & !7, end), to);
+        read::<AtomicU8, _>(self.slice(end & !3, end), to);
+    }
+
+    #[inline(never)]
+    fn write_last(&self, offset: usize, from: &[u8]) {
+        let end = offset + from.len();
+        let from = write::<AtomicU64, _>(self.slice(offset, end), from);
+        let from = write::<AtomicU32, _>(self.slice(end & !7, end), from);
+        write::<AtomicU8, _>(self.slice(end & !3, end), from);
+    }
+
+    /// Of any alignment. Kept apart, so that the usual case stays small where it is inlined.
+    #[inline(never)]
+    fn read_pieces(&self, offset: usize, to: &mut [u8]) {
+        self.pieces(offset, to.len()).read(to);
+    }
+
+    #[inline(never)]
+    fn write_pieces(&self, offset: usize, from: &[u8]) {
+        self.pieces(offset, from.len()).write(from);
     }
 
     fn pieces(&self, offset: usize, len: usize) -> Pieces<'_> {
@@ -173,7 +233,11 @@ impl Pieces<'_> {
     }
 }
 
+/// Longs that are read or written in one go: compilers do not unroll loops over atomics.
+const BLOCK: usize = 8;
+
 /// Fills the first bytes of `to`; answers the rest of it.
+#[inline]
 fn read<'b, A: Atomic<N>, const N: usize>(from: &[A], to: &'b mut [u8]) -> &'b mut [u8] {
     let (to, rest) = to.split_at_mut((from.len() * N).min(to.len()));
     for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from) {
@@ -183,6 +247,7 @@ fn read<'b, A: Atomic<N>, const N: usize>(from: &[A], to: &'b mut [u8]) -> &'b m
 }
 
 /// Takes the first bytes of `from`; answers the rest of it.
+#[inline]
 fn write<'b, A: Atomic<N>, const N: usize>(to: &[A], from: &'b [u8]) -> &'b [u8] {
     let (from, rest) = from.split_at((to.len() * N).min(from.len()));
     for (to, from) in to.iter().zip(from.as_chunks().0) {
@@ -209,16 +274,52 @@ impl SharedMemory for SharedPage {
     }
 
     #[inline]
+    fn load_words<const N: usize>(&self, offset: usize) -> [u32; N] {
+        self.words(offset).each_ref().map(|word| word.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn store_words<const N: usize>(&self, offset: usize, words: [u32; N]) {
+        for (place, word) in self.words::<N>(offset).iter().zip(words) {
+            place.store(word, Ordering::Relaxed);
+        }
+    }
+
+    #[inline]
     fn fence(&self) {
         fence(Ordering::SeqCst);
     }
 
+    #[inline]
     fn read_bytes(&self, offset: usize, to: &mut [u8]) {
-        self.pieces(offset, to.len()).read(to);
+        let Some(longs) = self.longs(offset, to.len()) else {
+            return self.read_pieces(offset, to);
+        };
+        let (blocks, last) = to.as_chunks_mut::<{ BLOCK * 8 }>();
+        for (to, from) in blocks.iter_mut().zip(longs.as_chunks::<BLOCK>().0) {
+            for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from) {
+                *to = from.get();
+            }
+        }
+        if !last.is_empty() {
+            self.read_last(offset + blocks.len() * (BLOCK * 8), last);
+        }
     }
 
+    #[inline]
     fn write_bytes(&self, offset: usize, from: &[u8]) {
-        self.pieces(offset, from.len()).write(from);
+        let Some(longs) = self.longs(offset, from.len()) else {
+            return self.write_pieces(offset, from);
+        };
+        let (blocks, last) = from.as_chunks::<{ BLOCK * 8 }>();
+        for (from, to) in blocks.iter().zip(longs.as_chunks::<BLOCK>().0) {
+            for (from, to) in from.as_chunks().0.iter().zip(to) {
+                to.put(*from);
+            }
+        }
+        if !last.is_empty() {
+            self.write_last(offset + blocks.len() * (BLOCK * 8), last);
+        }
     }
 }
 
@@ -228,6 +329,12 @@ impl<M: SharedMemory + ?Sized> SharedMemory for &M {
     }
     fn store_u32(&self, offset: usize, value: u32, order: Ordering) {
         (**self).store_u32(offset, value, order);
+    }
+    fn load_words<const N: usize>(&self, offset: usize) -> [u32; N] {
+        (**self).load_words(offset)
+    }
+    fn store_words<const N: usize>(&self, offset: usize, words: [u32; N]) {
+        (**self).store_words(offset, words);
     }
     fn fence(&self) {
         (**self).fence();

@@ -38,6 +38,14 @@ impl<H: Hypervisor> SharedMemory for RingPage<H> {
         self.0.page().store_u32(offset, value, order);
     }
 
+    fn load_words<const N: usize>(&self, offset: usize) -> [u32; N] {
+        self.0.page().load_words(offset)
+    }
+
+    fn store_words<const N: usize>(&self, offset: usize, words: [u32; N]) {
+        self.0.page().store_words(offset, words);
+    }
+
     fn fence(&self) {
         self.0.page().fence();
     }

@@ -80,7 +80,7 @@ impl CtrlRequest {
         [word(self.id, self.kind.0), a, b, c]
     }
 }
-slot!(CtrlRequest, [0, 1, 2, 3]);
+slot!(CtrlRequest, 4);
 
 /// `struct xen_netif_ctrl_response`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -109,7 +109,7 @@ impl CtrlResponse {
         [word(self.id, self.kind.0), self.status.0, self.data]
     }
 }
-slot!(CtrlResponse, [0, 1, 2]);
+slot!(CtrlResponse, 3);
 
 /// An entry in the page of an `ADD_GREF_MAPPING` or `DEL_GREF_MAPPING` request (`struct xen_netif_gref`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

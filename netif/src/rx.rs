@@ -48,35 +48,45 @@ impl RxPacket {
         [self.gso.map(Gso::info), hash, xdp].into_iter().flatten().nth(index)
     }
 
+    #[inline]
     fn extras(&self) -> usize {
         usize::from(self.gso.is_some())
             + usize::from(self.hash.is_some())
             + usize::from(self.headroom != PageOffset::ZERO)
     }
 
+    #[inline]
     fn data_slots(&self) -> usize {
-        usize::from(self.len).div_ceil(self.headroom.room()).max(1)
+        let (len, room) = (usize::from(self.len), self.headroom.room());
+        // Dividing is slow, and most packets take one.
+        if len <= room { 1 } else { len.div_ceil(room) }
     }
 
     /// Slots it takes, exactly: the ring must have so many requests before any is taken.
+    #[inline]
     #[must_use]
     pub fn slots(&self) -> usize {
         self.data_slots() + self.extras()
     }
 
-    /// The number of a data slot among those with data; `None` for the slot of an extra.
+    /// The number of a data slot among those with data; `None` for the slot of an extra. The first is not asked for.
     fn data_index(&self, slot: usize) -> Option<usize> {
-        if slot == 0 { Some(0) } else { slot.checked_sub(self.extras()).filter(|&index| index > 0) }
+        slot.checked_sub(self.extras()).filter(|&index| index > 0)
     }
 
     /// Which bytes go to the page of the packet's `slot`-th request. `None`: none, it is an extra's, or beyond the last.
+    #[inline]
     #[must_use]
     pub fn part(&self, slot: usize) -> Option<RxPart> {
+        if slot == 0 {
+            let room = u16::try_from(self.headroom.room()).ok()?;
+            return Some(RxPart { offset: self.headroom, start: 0, len: self.len.min(room) });
+        }
         let index = self.data_index(slot)?;
         let room = self.headroom.room();
         let start = u16::try_from(index.checked_mul(room)?).ok()?;
         let left = usize::from(self.len.checked_sub(start)?);
-        if left == 0 && index > 0 {
+        if left == 0 {
             return None;
         }
         let len = u16::try_from(left.min(room)).ok()?;
@@ -84,6 +94,7 @@ impl RxPacket {
     }
 
     /// The response to the packet's `slot`-th request. `None` beyond the last.
+    #[inline]
     #[must_use]
     pub fn response(&self, slot: usize, id: RxId) -> Option<RxResponse> {
         let Some(part) = self.part(slot) else {
@@ -265,10 +276,51 @@ impl Assembly {
 ///
 /// # Errors
 /// A response with data does not name its slot. The backend is to be closed.
+#[inline]
 pub fn assemble(
     responses: &mut impl Iterator<Item = (u16, RxResponse)>,
 ) -> Result<Option<RxVerdict>, WrongId> {
     let Some((slot, first)) = responses.next() else { return Ok(None) };
+    if first.flags.intersects(RxFlags::EXTRA_INFO | RxFlags::MORE_DATA) {
+        return assemble_several(slot, first, responses).map(Some);
+    }
+    // Most packets are one slot: the same rules, as far as they have to do with it.
+    if first.id.0 != slot {
+        return Err(WrongId { slot, id: first.id });
+    }
+    let offset = first.offset;
+    let packet = match first.status.bytes() {
+        Err(status) => Err(RxDrop::Status(status)),
+        Ok(size) if usize::from(offset) + usize::from(size) > PAGE_SIZE => {
+            Err(RxDrop::CrossesPage { offset, size })
+        }
+        Ok(size) if size < ETHERNET_HEADER => Err(RxDrop::Short),
+        Ok(size) => {
+            let mut slots = Vec::new();
+            let _ = slots.push(RxSlot { slot, offset, size });
+            let checksum = checksum(first.flags);
+            Ok(Received { slots, size: size.into(), checksum, gso: None, hash: None })
+        }
+    };
+    Ok(Some(RxVerdict { taken: Taken { first: slot, count: 1 }, packet }))
+}
+
+fn checksum(flags: RxFlags) -> Checksum {
+    if flags.contains(RxFlags::CSUM_BLANK) {
+        Checksum::Blank
+    } else if flags.contains(RxFlags::DATA_VALIDATED) {
+        Checksum::Validated
+    } else {
+        Checksum::Unverified
+    }
+}
+
+/// A packet of several slots, or with extras.
+fn assemble_several(
+    slot: u16,
+    first: RxResponse,
+    responses: &mut impl Iterator<Item = (u16, RxResponse)>,
+) -> Result<RxVerdict, WrongId> {
     let mut assembly = Assembly {
         slots: Vec::new(),
         size: 0,
@@ -301,16 +353,9 @@ pub fn assemble(
         assembly.drop_for(RxDrop::Short);
     }
     let Assembly { slots, size, gso, hash, taken, reason } = assembly;
-    let checksum = if first.flags.contains(RxFlags::CSUM_BLANK) {
-        Checksum::Blank
-    } else if first.flags.contains(RxFlags::DATA_VALIDATED) {
-        Checksum::Validated
-    } else {
-        Checksum::Unverified
-    };
     let packet = match reason {
         Some(reason) => Err(reason),
-        None => Ok(Received { slots, size, checksum, gso, hash }),
+        None => Ok(Received { slots, size, checksum: checksum(first.flags), gso, hash }),
     };
-    Ok(Some(RxVerdict { taken, packet }))
+    Ok(RxVerdict { taken, packet })
 }

@@ -24,24 +24,20 @@ pub trait Slot: sealed::Sealed + Copy {
 }
 
 macro_rules! slot {
-    ($name:ident, [$($word:literal),*]) => {
+    ($name:ident, $words:literal) => {
         impl $crate::slot::sealed::Sealed for $name {}
 
         impl $crate::slot::Slot for $name {
-            const SIZE: usize = [$($word),*].len() * 4;
+            const SIZE: usize = $words * 4;
 
             #[inline]
             fn load<M: grant::SharedMemory>(memory: &M, at: usize) -> Self {
-                let order = core::sync::atomic::Ordering::Relaxed;
-                Self::decode([$(memory.load_u32(at + $word * 4, order)),*])
+                Self::decode(memory.load_words(at))
             }
 
             #[inline]
             fn store<M: grant::SharedMemory>(self, memory: &M, at: usize) {
-                let order = core::sync::atomic::Ordering::Relaxed;
-                for (index, word) in self.encode().into_iter().enumerate() {
-                    memory.store_u32(at + index * 4, word, order);
-                }
+                memory.store_words(at, self.encode());
             }
         }
     };
@@ -194,7 +190,7 @@ impl TxRequest {
         Extra::decode([first, second])
     }
 }
-slot!(TxRequest, [0, 1, 2]);
+slot!(TxRequest, 3);
 
 /// `struct netif_tx_response`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -221,7 +217,7 @@ impl TxResponse {
         [word(self.id.0, self.status.0 as u16)]
     }
 }
-slot!(TxResponse, [0]);
+slot!(TxResponse, 1);
 
 /// `struct netif_rx_request`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -248,7 +244,7 @@ impl RxRequest {
         [word(self.id.0, 0), self.gref.0]
     }
 }
-slot!(RxRequest, [0, 1]);
+slot!(RxRequest, 2);
 
 /// `struct netif_rx_response`
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -299,7 +295,7 @@ impl RxResponse {
         Extra::decode(self.encode())
     }
 }
-slot!(RxResponse, [0, 1]);
+slot!(RxResponse, 2);
 
 /// What the bytes of a packet are to be cut into, and by which rules (`XEN_NETIF_GSO_TYPE_*`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -77,7 +77,11 @@ impl<M: SharedMemory> TxBackRing<M> {
     ///
     /// # Errors
     /// They are not of this ring: it owes fewer.
+    #[inline]
     pub fn answer(&mut self, answers: Answers, status: TxStatus) -> Result<(), Full> {
+        if answers.slots() == 1 {
+            return self.push(TxResponse { id: answers.first, status });
+        }
         answers.responses(status).try_for_each(|response| self.push(response))
     }
 }
@@ -238,10 +242,41 @@ fn within_page(offset: u16, size: u16) -> Result<(), PeerFault> {
 ///
 /// # Errors
 /// The frontend broke the protocol and is to be closed.
+#[inline]
 pub fn assemble(
     requests: &mut impl Iterator<Item = TxRequest>,
 ) -> Result<Option<Verdict>, PeerFault> {
     let Some(first) = requests.next() else { return Ok(None) };
+    if first.flags.intersects(TxFlags::EXTRA_INFO | TxFlags::MORE_DATA) {
+        return assemble_several(first, requests).map(Some);
+    }
+    // Most packets are one slot: the same rules, as far as they have to do with it.
+    let answers = Answers { first: first.id, extras: 0, rest: Vec::new() };
+    if first.size < ETHERNET_HEADER {
+        return Ok(Some(Verdict::Drop { reason: DropReason::Short, answers }));
+    }
+    within_page(first.offset, first.size)?;
+    let mut slots = Vec::new();
+    let _ = slots.push(TxSlot { gref: first.gref, offset: first.offset, size: first.size });
+    let (checksum, gso, hash) = (checksum(first.flags), None, None);
+    Ok(Some(Verdict::Packet(Packet { slots, size: first.size, checksum, gso, hash, answers })))
+}
+
+fn checksum(flags: TxFlags) -> Checksum {
+    if flags.contains(TxFlags::CSUM_BLANK) {
+        Checksum::Blank
+    } else if flags.contains(TxFlags::DATA_VALIDATED) {
+        Checksum::Validated
+    } else {
+        Checksum::Unverified
+    }
+}
+
+/// A packet of several slots, or with extras.
+fn assemble_several(
+    first: TxRequest,
+    requests: &mut impl Iterator<Item = TxRequest>,
+) -> Result<Verdict, PeerFault> {
     let extras = if first.flags.contains(TxFlags::EXTRA_INFO) {
         take_extras(requests)?
     } else {
@@ -253,7 +288,7 @@ pub fn assemble(
         if first.flags.contains(TxFlags::MORE_DATA) {
             return Err(PeerFault::MulticastWithData);
         }
-        return Ok(Some(Verdict::Multicast { change, answers }));
+        return Ok(Verdict::Multicast { change, answers });
     }
 
     let mut slots = Vec::new();
@@ -284,20 +319,13 @@ pub fn assemble(
         reason = reason.or(Some(DropReason::Short));
     }
     if let Some(reason) = reason {
-        return Ok(Some(Verdict::Drop { reason, answers }));
+        return Ok(Verdict::Drop { reason, answers });
     }
     within_page(head.offset, head.size)?;
     if let Some(place) = slots.first_mut() {
         *place = head;
     }
     let gso = extras.gso.map(|(size, kind)| Gso::new(size, kind)).transpose()?;
-    let checksum = if first.flags.contains(TxFlags::CSUM_BLANK) {
-        Checksum::Blank
-    } else if first.flags.contains(TxFlags::DATA_VALIDATED) {
-        Checksum::Validated
-    } else {
-        Checksum::Unverified
-    };
-    let hash = extras.hash;
-    Ok(Some(Verdict::Packet(Packet { slots, size: first.size, checksum, gso, hash, answers })))
+    let (checksum, hash) = (checksum(first.flags), extras.hash);
+    Ok(Verdict::Packet(Packet { slots, size: first.size, checksum, gso, hash, answers }))
 }
