@@ -97,15 +97,16 @@ impl<H: Hypervisor> Backend<H> {
         let choice = choose(self.modes.up(), &self.config.policy, size, target);
         let by_reference = matches!(choice, Ok(path) if path != Datapath::Copy);
         let whole = packet.is_whole();
-        if let Some((tx, _)) = queue_of(&mut self.vifs, from, packet.flow.0) {
+        if (choice.is_err() || by_reference)
+            && let Some((tx, _)) = queue_of(&mut self.vifs, from, packet.flow.0)
+        {
             match choice {
                 Err(why) => {
                     tx.fallbacks.count(why);
                     // A short wait for pages is not worth guessing; what it costs is one more hypercall.
                     tx.wanted_whole |= why != Fallback::NotReady && !whole;
                 }
-                Ok(_) if by_reference => tx.wanted_whole = false,
-                Ok(_) => {}
+                Ok(_) => tx.wanted_whole = false,
             }
         }
         match choice {
@@ -124,19 +125,25 @@ impl<H: Hypervisor> Backend<H> {
         let Some(vif) = vif_at(&mut self.vifs, to) else {
             return Target::Guest { ready: false, as_is: false };
         };
-        let (features, count) = (vif.features, vif.queues.len());
+        let (features, count) = (vif.features, u16::try_from(vif.queues.len()).unwrap_or(u16::MAX));
         let steered = vif.control.as_ref().and_then(|control| control.steer(packet.bytes()));
         // Its frontend's wish; else as the sender spread them.
         let index = steered.map_or(packet.flow.0, |steered| steered.queue);
         packet.hash = steered.and_then(|steered| steered.hash);
-        packet.to_queue = usize::from(index).checked_rem(count).unwrap_or(0);
-        let Some(queue) = vif.queues.get_mut(packet.to_queue) else {
+        // Dividing is slow, and mostly not needed.
+        packet.to_queue = if index < count { index } else { index.checked_rem(count).unwrap_or(0) };
+        let Some(queue) = vif.queues.get_mut(usize::from(packet.to_queue)) else {
             return Target::Guest { ready: false, as_is: false };
         };
-        let promised = queue.rx.promise(packet);
-        vif.found = vif.found.or(promised.err());
+        queue.rx.promise(packet);
+        if packet.len() < self.config.policy.direct_from.into() {
+            // It is copied, whatever the guest can take.
+            return Target::Guest { ready: false, as_is: false };
+        }
+        let ready = queue.rx.is_ready();
+        vif.found = vif.found.or(ready.err());
         let taker = Taker { features, room: queue.rx.room() };
-        Target::Guest { ready: promised == Ok(true), as_is: takes_as_is(packet, taker) }
+        Target::Guest { ready: ready == Ok(true), as_is: takes_as_is(packet, taker) }
     }
 
     /// Maps what is to be mapped, in one hypercall. What cannot be is copied instead.
@@ -354,7 +361,7 @@ impl<H: Hypervisor> Backend<H> {
             return;
         }
         let features = vif.features;
-        let Some(queue) = vif.queues.get_mut(packet.to_queue) else {
+        let Some(queue) = vif.queues.get_mut(usize::from(packet.to_queue)) else {
             vif.ended.rx_drops.unreachable += 1;
             return;
         };

@@ -134,6 +134,20 @@ impl Paths {
         Datapath::ALL.into_iter().zip(self.0)
     }
 
+    /// A batch of copies was done in one hypercall, for each way that some of them were of.
+    pub(crate) fn count_hypercalls(&mut self, copies: impl Iterator<Item = (Datapath, usize)>) {
+        let mut sums = [0; Datapath::ALL.len()];
+        for (path, copies) in copies {
+            if let Some(sum) = sums.get_mut(path.index()) {
+                *sum += copies;
+            }
+        }
+        for (counters, copies) in self.0.iter_mut().zip(sums) {
+            counters.hypercalls += u64::from(copies > 0);
+            counters.copies += copies as u64;
+        }
+    }
+
     pub(crate) fn count(&mut self, path: Datapath, change: impl FnOnce(&mut PathCounters)) {
         if let Some(counters) = self.0.get_mut(path.index()) {
             change(counters);

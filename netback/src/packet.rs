@@ -36,14 +36,14 @@ pub(crate) enum Rest<H: Hypervisor> {
 /// A packet: its headers, and often all of it, in memory that no peer can see.
 pub struct Packet<H: Hypervisor> {
     frame: Frame<H>,
-    /// Bytes in `frame`.
-    private: usize,
-    len: usize,
+    /// Bytes in `frame`. Packets are moved about a lot: every field is as small as it can be.
+    private: u32,
+    len: u32,
     pub(crate) rest: Rest<H>,
     /// How its bytes are carried.
     pub(crate) path: Datapath,
     /// The queue of the vif that it goes to.
-    pub(crate) to_queue: usize,
+    pub(crate) to_queue: u16,
     /// The state of its checksum.
     pub checksum: Checksum,
     /// Whether and how it is to be segmented.
@@ -61,18 +61,23 @@ impl<H: Hypervisor> Packet<H> {
     /// [mapped](Self::is_lent) or goes from guest to guest: then the first 128.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        self.frame.bytes().get(..self.private).unwrap_or_default()
+        self.frame.bytes().get(..self.private()).unwrap_or_default()
     }
 
     /// Its private bytes, to change.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.frame.bytes_mut().get_mut(..self.private).unwrap_or_default()
+        let private = self.private();
+        self.frame.bytes_mut().get_mut(..private).unwrap_or_default()
+    }
+
+    fn private(&self) -> usize {
+        self.private as usize
     }
 
     /// How many bytes it has.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     /// Whether it has none.
@@ -114,22 +119,22 @@ impl<H: Hypervisor> Packet<H> {
 
     /// Makes it shorter, or as long as its buffer allows.
     pub(crate) fn set_len(&mut self, len: usize) {
-        self.len = len.min(self.frame.size());
+        self.len = small(len.min(self.frame.size()));
         self.private = self.len;
     }
 
     /// Says that the bytes of the frame are but the first of `len`.
     pub(crate) fn set_rest(&mut self, len: usize, rest: Rest<H>) {
-        self.len = len.max(self.private);
+        self.len = small(len).max(self.private);
         self.rest = rest;
     }
 
     /// Moves what is private to a buffer that has room for all of it; `None`, and nothing changed, if none is free. Answers
     /// what is still to be filled in: everything from the first byte that it returns.
     pub(crate) fn grow(&mut self, pools: &Pools<H>) -> Option<usize> {
-        let filled = self.private;
-        if self.frame.size() < self.len {
-            let mut frame = pools.frame(self.len)?;
+        let filled = self.private();
+        if self.frame.size() < self.len() {
+            let mut frame = pools.frame(self.len())?;
             for (to, from) in frame.bytes_mut().iter_mut().zip(self.bytes()) {
                 *to = *from;
             }
@@ -156,7 +161,7 @@ impl<H: Hypervisor> Packet<H> {
         }
         let Some(at) = self.grow(pools) else { return false };
         let Rest::Lent(loan) = &self.rest else { return false };
-        let Some(to) = self.frame.bytes_mut().get_mut(at..self.len) else { return false };
+        let Some(to) = self.frame.bytes_mut().get_mut(at..self.len as usize) else { return false };
         if !read_lent(loan.pages(), 0, to) {
             return false;
         }
@@ -175,7 +180,7 @@ impl<H: Hypervisor> Packet<H> {
         }
         match &self.rest {
             _ if rest.is_empty() => true,
-            Rest::Lent(loan) => read_lent(loan.pages(), at.saturating_sub(self.private), rest),
+            Rest::Lent(loan) => read_lent(loan.pages(), at.saturating_sub(self.private()), rest),
             Rest::None | Rest::Taken(_) => false,
         }
     }
@@ -197,8 +202,8 @@ impl<H: Hypervisor> Packet<H> {
     /// that is not within reach of any address.
     pub fn dma_own(&self, rule: OwnRule) -> impl Iterator<Item = Option<DmaPiece>> {
         let Gfn(first) = self.frame.gfn();
-        (0..self.private.div_ceil(PAGE_SIZE)).map(move |index| {
-            let left = self.private.checked_sub(index.checked_mul(PAGE_SIZE)?)?;
+        (0..self.private().div_ceil(PAGE_SIZE)).map(move |index| {
+            let left = self.private().checked_sub(index.checked_mul(PAGE_SIZE)?)?;
             let len = u16::try_from(left.min(PAGE_SIZE)).ok()?;
             let frame = first.checked_add(u64::try_from(index).ok()?)?;
             Some(DmaPiece::own(rule, Gfn(frame), len))
@@ -216,8 +221,8 @@ impl<H: Hypervisor> Packet<H> {
     /// The part of the frame that is still to be filled, and what says with what. `None` if there is nothing to fill.
     pub(crate) fn unfilled(&mut self) -> Option<(SpanMut<'_>, &Token<H>)> {
         let Rest::Taken(token) = &self.rest else { return None };
-        let whole = self.frame.span_mut().split_at(self.len).0;
-        Some((whole.split_at(self.private).1, token))
+        let whole = self.frame.span_mut().split_at(self.len as usize).0;
+        Some((whole.split_at(self.private as usize).1, token))
     }
 
     /// The duty to answer for it, if it is open.
@@ -236,6 +241,11 @@ impl<H: Hypervisor> fmt::Debug for Packet<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Packet({} bytes, {:?}, {:?})", self.len, self.checksum, self.gso)
     }
+}
+
+/// A length of bytes as it is kept: buffers have 64 KiB at most.
+fn small(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
 }
 
 /// Reads bytes of mapped pages, behind the first `skip`; `false` if there are not as many.
@@ -282,7 +292,7 @@ impl<H: Hypervisor> Pools<H> {
     #[must_use]
     pub fn packet(&self, len: usize, now: Instant) -> Option<Packet<H>> {
         let frame = self.frame(len)?;
-        let len = len.min(frame.size());
+        let len = small(len.min(frame.size()));
         Some(Packet {
             frame,
             private: len,

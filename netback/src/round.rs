@@ -9,7 +9,7 @@ use hypercall::{GrantRef, Hypervisor, Instant};
 use netif::slot::TxStatus;
 use xenbus::client::Client;
 
-use crate::backend::{Backend, TICK, port_of, vif_at};
+use crate::backend::{Backend, TICK, vif_at};
 use crate::carry::Staged;
 use crate::ctrl::Control;
 use crate::datapath::{Datapath, Datapaths, possible};
@@ -30,7 +30,6 @@ const STATIC_LINGER: u64 = 10_000_000;
 
 /// Room that is used anew in each round.
 pub(crate) struct Scratch<H: Hypervisor> {
-    arrived: Vec<Packet<H>>,
     pub(crate) staging: Vec<Staged<H>>,
     relayed: Vec<Relayed>,
     pub(crate) mapped: Vec<Result<Mapping<H>, MapError>>,
@@ -41,7 +40,6 @@ pub(crate) struct Scratch<H: Hypervisor> {
 impl<H: Hypervisor> Scratch<H> {
     pub(crate) fn new() -> Self {
         Self {
-            arrived: Vec::with_capacity(256),
             staging: Vec::with_capacity(256),
             relayed: Vec::with_capacity(256),
             mapped: Vec::with_capacity(256),
@@ -185,24 +183,18 @@ impl<H: Hypervisor> Backend<H> {
             }
         }
         let outcome = copies.submit(hv);
-        for (index, vif) in vifs.iter_mut().enumerate() {
-            let Some(Vif { queues, found, .. }) = vif else { continue };
-            if found.is_some() {
-                continue;
-            }
+        for vif in vifs.iter_mut().flatten().filter(|vif| vif.found.is_none()) {
+            let Vif { queues, found, .. } = vif;
             for queue in queues {
                 if queue.rx.is_busy() {
                     let settled = queue.rx.settle(outcome, table, &mut scratch.relayed);
                     *found = found.or(settled.err());
                 }
                 if queue.tx.is_busy() {
-                    let settled = queue.tx.settle(outcome, table, now, &mut scratch.arrived);
+                    let settled = queue.tx.settle(outcome, table, now, &mut scratch.staging);
                     *found = found.or(settled.err());
                 }
             }
-            let staged =
-                scratch.arrived.drain(..).map(|packet| Staged::new(packet, port_of(index)));
-            scratch.staging.extend(staged);
         }
         self.answer_relayed();
     }

@@ -29,8 +29,8 @@ const EXPIRY: u64 = 10_000_000_000;
 
 struct InFlight<H: Hypervisor> {
     packet: Packet<H>,
-    shape: RxPacket,
-    requests: heapless::Vec<RxRequest, MAX_REQUESTS>,
+    /// How many of the batch's requests are its.
+    slots: u16,
     copies: CopyRange,
     path: Datapath,
 }
@@ -51,9 +51,12 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     domain: DomId,
     origin: Origin,
     ring: RxBackRing<Mapping<H>>,
-    waiting: VecDeque<Packet<H>>,
+    /// With the requests that each takes.
+    waiting: VecDeque<(Packet<H>, u16)>,
     /// How many of them are in large buffers.
     waiting_large: usize,
+    /// Requests that all of them take.
+    waiting_slots: usize,
     /// Requests that those which wait will take, and those that are about to.
     promised: usize,
     headroom: PageOffset,
@@ -61,6 +64,8 @@ pub(crate) struct RxQueue<H: Hypervisor> {
     /// Requests that the guest had not posted when it was last found short of them.
     lacking: u32,
     batch: Vec<InFlight<H>>,
+    /// What the batch's packets go to, in their order.
+    requests: Vec<RxRequest>,
     refusals: Refusals,
     answered: bool,
     pub(crate) counters: Direction,
@@ -81,11 +86,13 @@ impl<H: Hypervisor> RxQueue<H> {
             ring,
             waiting: VecDeque::with_capacity(QUEUE_PACKETS),
             waiting_large: 0,
+            waiting_slots: 0,
             promised: 0,
             headroom,
             stall: Stall::default(),
             lacking: 0,
             batch: Vec::with_capacity(BATCH),
+            requests: Vec::with_capacity(RxBackRing::<Mapping<H>>::ENTRIES as usize),
             refusals: Refusals::default(),
             answered: false,
             counters: Direction::default(),
@@ -101,6 +108,13 @@ impl<H: Hypervisor> RxQueue<H> {
     /// Bytes that the guest wants free at the start of each page, from now on.
     pub(crate) fn set_headroom(&mut self, headroom: PageOffset) {
         self.headroom = headroom;
+        self.waiting_slots = 0;
+        let mut waiting = core::mem::take(&mut self.waiting);
+        for (packet, slots) in &mut waiting {
+            *slots = self.slots(packet);
+            self.waiting_slots += usize::from(*slots);
+        }
+        self.waiting = waiting;
     }
 
     /// Bytes that one page of the guest's takes.
@@ -108,25 +122,24 @@ impl<H: Hypervisor> RxQueue<H> {
         self.headroom.room()
     }
 
-    fn shape(&self, packet: &Packet<H>) -> RxPacket {
-        RxPacket {
-            len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
-            headroom: self.headroom,
-            checksum: packet.checksum,
-            gso: packet.gso,
-            hash: packet.hash,
-        }
+    /// Requests that a packet takes.
+    fn slots(&self, packet: &Packet<H>) -> u16 {
+        // A packet has 64 KiB at most, and a page room for some bytes.
+        u16::try_from(shape(packet, self.headroom).slots()).unwrap_or(u16::MAX)
     }
 
     /// Forgets what was promised but for packets that wait.
     pub(crate) fn count_waiting(&mut self) {
-        self.promised = self.waiting.iter().map(|packet| self.shape(packet).slots()).sum();
+        self.promised = self.waiting_slots;
     }
 
-    /// Whether the guest has pages for one more packet, behind all that wait and all that this was asked for; they count
-    /// as taken.
-    pub(crate) fn promise(&mut self, packet: &Packet<H>) -> Result<bool, VifFault> {
-        self.promised += self.shape(packet).slots();
+    /// One more packet will come, behind all that wait and all that this was called for.
+    pub(crate) fn promise(&mut self, packet: &Packet<H>) {
+        self.promised += usize::from(self.slots(packet));
+    }
+
+    /// Whether the guest has pages for all that will come.
+    pub(crate) fn is_ready(&mut self) -> Result<bool, VifFault> {
         let posted = usize::try_from(self.ring.poll()?).unwrap_or(0);
         Ok(self.promised <= posted)
     }
@@ -150,13 +163,16 @@ impl<H: Hypervisor> RxQueue<H> {
             self.drops.queue_full += 1;
             return;
         }
+        let slots = self.slots(&packet);
         self.waiting_large += usize::from(large);
-        self.waiting.push_back(packet);
+        self.waiting_slots += usize::from(slots);
+        self.waiting.push_back((packet, slots));
     }
 
     fn dequeue(&mut self) -> Option<Packet<H>> {
-        let packet = self.waiting.pop_front()?;
+        let (packet, slots) = self.waiting.pop_front()?;
         self.waiting_large -= usize::from(packet.is_large());
+        self.waiting_slots -= usize::from(slots);
         Some(packet)
     }
 
@@ -167,7 +183,7 @@ impl<H: Hypervisor> RxQueue<H> {
 
     /// When the oldest packet is given up.
     fn expiry(&self) -> Option<Instant> {
-        self.waiting.front().map(|packet| packet.arrived.after(EXPIRY))
+        self.waiting.front().map(|(packet, _)| packet.arrived.after(EXPIRY))
     }
 
     /// When [`gather`](Self::gather) has something to do though nothing happens.
@@ -178,7 +194,7 @@ impl<H: Hypervisor> RxQueue<H> {
     /// Whether the guest has posted so many requests; if not, it is asked to notify when it has.
     fn has_posted(&mut self, slots: usize, now: Instant) -> Result<bool, VifFault> {
         self.lacking = u32::try_from(slots).unwrap_or(u32::MAX);
-        if self.ring.arm_for(self.lacking)? {
+        if self.ring.available() >= self.lacking || self.ring.arm_for(self.lacking)? {
             self.stall.served();
             self.lacking = 0;
             return Ok(true);
@@ -214,9 +230,8 @@ impl<H: Hypervisor> RxQueue<H> {
             // What it was short for has expired, and it may still be short.
             self.has_posted(usize::try_from(self.lacking).unwrap_or(usize::MAX), now)?;
         }
-        while let Some(front) = self.waiting.front() {
-            let shape = self.shape(front);
-            let (slots, open) = (shape.slots(), open_of(front, table));
+        while let Some((front, slots)) = self.waiting.front() {
+            let (requests, slots, open) = (*slots, usize::from(*slots), open_of(front, table));
             if slots > MAX_REQUESTS {
                 self.drops.too_big += u64::from(self.dequeue().is_some());
                 continue;
@@ -240,9 +255,9 @@ impl<H: Hypervisor> RxQueue<H> {
                 continue;
             }
             *room -= copies;
-            let requests = self.ring.requests().take(slots).collect();
+            self.requests.extend(self.ring.requests().take(slots));
             let (copies, path) = (CopyRange::default(), Datapath::Copy);
-            self.batch.push(InFlight { packet, shape, requests, copies, path });
+            self.batch.push(InFlight { packet, slots: requests, copies, path });
         }
         Ok(())
     }
@@ -255,8 +270,12 @@ impl<H: Hypervisor> RxQueue<H> {
         statics: &impl Statics<H>,
         up: Datapaths,
     ) -> Result<(), VifFault> {
-        let domain = self.domain;
-        for InFlight { packet, shape, requests, copies: range, path } in &mut self.batch {
+        let Self { domain, batch, requests: behind, headroom, .. } = self;
+        let (domain, mut behind) = (*domain, behind.as_slice());
+        for InFlight { packet, slots, copies: range, path } in batch {
+            let (requests, rest) = behind.split_at_checked((*slots).into()).unwrap_or_default();
+            behind = rest;
+            let shape = shape(packet, *headroom);
             let parts = (0..).zip(requests.iter()).filter_map(|(slot, request)| {
                 let part = shape.part(slot)?;
                 Some((PeerSpan { domain, gref: request.gref, offset: part.offset }, part.len))
@@ -296,18 +315,14 @@ impl<H: Hypervisor> RxQueue<H> {
         table: &mut Table<H>,
         relayed: &mut Vec<Relayed>,
     ) -> Result<(), VifFault> {
-        for path in [Datapath::Copy, Datapath::Direct] {
-            let of_path = self.batch.iter().filter(|of| of.path == path);
-            let copies: usize = of_path.map(|of| of.copies.len()).sum();
-            self.paths.count(path, |counters| {
-                counters.hypercalls += u64::from(copies > 0);
-                counters.copies += copies as u64;
-            });
-        }
+        self.paths.count_hypercalls(self.batch.iter().map(|of| (of.path, of.copies.len())));
         let results = self.refusals.judge(outcome)?;
         self.answered |= !self.batch.is_empty();
-        let Self { ring, origin, batch, counters, drops, paths, .. } = self;
-        for InFlight { packet, shape, requests, copies, path } in batch.drain(..) {
+        let Self { ring, origin, batch, requests: behind, counters, drops, paths, .. } = self;
+        let headroom = self.headroom;
+        let mut behind = behind.drain(..);
+        for InFlight { packet, slots, copies, path } in batch.drain(..) {
+            let shape = shape(&packet, headroom);
             let arrived = match results {
                 _ if path == Datapath::Static => true,
                 None => {
@@ -316,7 +331,7 @@ impl<H: Hypervisor> RxQueue<H> {
                 }
                 Some(results) => results.of(copies).is_ok(),
             };
-            for (slot, request) in requests.iter().enumerate() {
+            for (slot, request) in behind.by_ref().take(slots.into()).enumerate() {
                 let response = if arrived { shape.response(slot, request.id) } else { None };
                 ring.push(response.unwrap_or(failed(request.id)))?;
             }
@@ -344,6 +359,17 @@ impl<H: Hypervisor> RxQueue<H> {
             }
         }
         Ok(())
+    }
+}
+
+/// A packet as its guest is to get it, with so much left free in each page.
+fn shape<H: Hypervisor>(packet: &Packet<H>, headroom: PageOffset) -> RxPacket {
+    RxPacket {
+        len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
+        headroom,
+        checksum: packet.checksum,
+        gso: packet.gso,
+        hash: packet.hash,
     }
 }
 

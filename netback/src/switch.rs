@@ -222,6 +222,8 @@ pub struct Switch {
     unused: Vec<u16>,
     all: List,
     ports: Vec<List>,
+    /// The node of the address that was last looked up: packets come in trains.
+    recent: u16,
 }
 
 impl Switch {
@@ -238,6 +240,7 @@ impl Switch {
             unused: Vec::with_capacity(total),
             all: List::EMPTY,
             ports: Vec::new(),
+            recent: NONE,
         }
     }
 
@@ -261,8 +264,9 @@ impl Switch {
         if !src.is_station() || (src == MacAddr::BACKEND && port != PortId::LOCAL) {
             return Learned::Refused;
         }
-        let known =
-            self.find(src).and_then(|index| Some((index, *self.nodes.get(usize::from(index))?)));
+        let last = self.ports.get(usize::from(port.0)).map_or(NONE, |list| list.last);
+        let known = self.holds(last, src).or_else(|| self.find(src));
+        let known = known.and_then(|index| Some((index, *self.nodes.get(usize::from(index))?)));
         match known {
             Some((index, node)) if node.is_aged(now) => self.remove(index),
             Some((index, node)) if node.port == port => {
@@ -291,11 +295,13 @@ impl Switch {
     /// Where a frame for `dst` goes: to one port if the address was heard there within [`MAX_AGE`], or ever on the local one,
     /// else everywhere.
     #[must_use]
-    pub fn lookup(&self, dst: MacAddr, now: Instant) -> Destination {
+    pub fn lookup(&mut self, dst: MacAddr, now: Instant) -> Destination {
         if dst.is_multicast() {
             return Destination::Flood;
         }
-        match self.find(dst).and_then(|index| self.nodes.get(usize::from(index))) {
+        let known = self.holds(self.recent, dst).or_else(|| self.find(dst));
+        self.recent = known.unwrap_or(NONE);
+        match known.and_then(|index| self.nodes.get(usize::from(index))) {
             Some(node) if !node.is_aged(now) => Destination::Port(node.port),
             _ => Destination::Flood,
         }
@@ -337,6 +343,11 @@ impl Switch {
         let is_it =
             |index: &u16| self.nodes.get(usize::from(*index)).is_some_and(|node| node.mac == mac);
         self.table.find(hash, is_it).copied()
+    }
+
+    /// The node, if it is the address's: what is [removed](Self::remove) is in no list, and nobody's.
+    fn holds(&self, index: u16, mac: MacAddr) -> Option<u16> {
+        self.nodes.get(usize::from(index)).filter(|node| node.mac == mac).map(|_| index)
     }
 
     fn oldest_of(&self, port: PortId) -> Option<u16> {
@@ -394,6 +405,9 @@ impl Switch {
             list.unlink(&mut self.nodes, index, Order::Port);
         }
         self.unused.push(index);
+        if self.recent == index {
+            self.recent = NONE;
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use netif::ring::{Notify, TxBackRing};
 use netif::slot::TxStatus;
 use netif::tx::{self, Answers, DropReason, Verdict};
 
+use crate::carry::Staged;
 use crate::counters::{Direction, Drops, Fallbacks, Paths};
 use crate::datapath::{Datapath, Datapaths, Policy, first_look};
 use crate::fault::{Refusals, VifFault};
@@ -167,36 +168,33 @@ impl<H: Hypervisor> TxQueue<H> {
         }
         self.ring.poll()?;
         while *budget > 0 && self.batch.len() < BATCH && take.room >= COPIES_PER_PACKET {
-            let next = match self.held.pop_front() {
-                Some(chain) => Some(Verdict::Packet(chain)),
-                None => tx::assemble(&mut self.ring.requests())?,
-            };
-            let chain = match next {
-                // Ask to be woken, and look again: a request may have slipped in.
-                None if self.ring.arm()? => continue,
-                None => return Ok(TxWait::Guest),
-                Some(Verdict::Packet(chain)) => chain,
-                Some(Verdict::Drop { reason, answers }) => {
-                    match reason {
-                        DropReason::TooManySlots => self.drops.too_many_slots += 1,
-                        DropReason::FollowOnsTooLong => self.drops.slots_too_long += 1,
-                        _ => self.drops.short += 1,
+            let wait = match self.held.pop_front() {
+                Some(chain) => self.admit(chain, take, statics),
+                None => match tx::assemble(&mut self.ring.requests())? {
+                    // Ask to be woken, and look again: a request may have slipped in.
+                    None if self.ring.arm()? => continue,
+                    None => return Ok(TxWait::Guest),
+                    Some(Verdict::Packet(chain)) => self.admit(chain, take, statics),
+                    Some(Verdict::Drop { reason, answers }) => {
+                        match reason {
+                            DropReason::TooManySlots => self.drops.too_many_slots += 1,
+                            DropReason::FollowOnsTooLong => self.drops.slots_too_long += 1,
+                            _ => self.drops.short += 1,
+                        }
+                        self.answer(answers, TxStatus::ERROR)?;
+                        None
                     }
-                    self.answer(answers, TxStatus::ERROR)?;
-                    *budget -= 1;
-                    continue;
-                }
-                Some(Verdict::Multicast { change, answers }) => {
-                    let status = match &mut filter {
-                        Some(filter) => filter.apply(change),
-                        None => TxStatus::ERROR,
-                    };
-                    self.answer(answers, status)?;
-                    *budget -= 1;
-                    continue;
-                }
+                    Some(Verdict::Multicast { change, answers }) => {
+                        let status = match &mut filter {
+                            Some(filter) => filter.apply(change),
+                            None => TxStatus::ERROR,
+                        };
+                        self.answer(answers, status)?;
+                        None
+                    }
+                },
             };
-            if let Some(wait) = self.admit(chain, take, statics) {
+            if let Some(wait) = wait {
                 return Ok(wait);
             }
             *budget -= 1;
@@ -204,13 +202,32 @@ impl<H: Hypervisor> TxQueue<H> {
         Ok(TxWait::Budget)
     }
 
-    /// Puts a packet in the batch, or holds it.
+    /// Puts a packet in the batch, or holds it. A chain is large, and is moved once.
     fn admit(
         &mut self,
         chain: tx::Packet,
         take: &mut Take<'_, H>,
         statics: &impl Statics<H>,
     ) -> Option<TxWait> {
+        match self.begin(&chain, take, statics) {
+            Ok(packet) => {
+                self.batch.push(InFlight { packet, chain, copies: CopyRange::default() });
+                None
+            }
+            Err(wait) => {
+                self.held.push_front(chain);
+                Some(wait)
+            }
+        }
+    }
+
+    /// A buffer for as much of a chain's packet as is wanted at first.
+    fn begin(
+        &mut self,
+        chain: &tx::Packet,
+        take: &mut Take<'_, H>,
+        statics: &impl Statics<H>,
+    ) -> Result<Packet<H>, TxWait> {
         let all_static = take.up.contains(Datapaths::STATIC)
             && chain.slots.iter().all(|slot| statics.page(slot.gref, false).is_some());
         let look = match first_look(take.up, take.policy, chain.size, all_static) {
@@ -221,14 +238,10 @@ impl<H: Hypervisor> TxQueue<H> {
             Datapath::Direct => HEADER.min(chain.size.into()),
             _ => chain.size.into(),
         };
-        let Some(mut packet) = take.pools.packet(private, take.now) else {
-            self.held.push_front(chain);
-            return Some(TxWait::Buffers);
-        };
+        let mut packet = take.pools.packet(private, take.now).ok_or(TxWait::Buffers)?;
         if let Err(until) = self.credit.allow(chain.size.into(), take.now) {
-            self.held.push_front(chain);
             self.wait = Some(until);
-            return Some(TxWait::Time);
+            return Err(TxWait::Time);
         }
         if look == Datapath::Direct {
             take.openings -= 1;
@@ -240,8 +253,7 @@ impl<H: Hypervisor> TxQueue<H> {
         packet.flow = Flow(self.origin.queue);
         let copies = chain.slots.len() + private.div_ceil(PAGE_SIZE);
         take.room = take.room.saturating_sub(copies);
-        self.batch.push(InFlight { packet, chain, copies: CopyRange::default() });
-        None
+        Ok(packet)
     }
 
     /// Adds the copies of what was gathered; pages that stay mapped are read at once.
@@ -278,9 +290,10 @@ impl<H: Hypervisor> TxQueue<H> {
         outcome: Result<CopyResults<'_>, Errno>,
         table: &mut Table<H>,
         now: Instant,
-        out: &mut Vec<Packet<H>>,
+        out: &mut Vec<Staged<H>>,
     ) -> Result<(), VifFault> {
-        self.count_hypercalls();
+        let copies = self.batch.iter().map(|of| (of.packet.path, of.copies.len()));
+        self.paths.count_hypercalls(copies);
         let judged = self.refusals.judge(outcome)?;
         // A status that was left as it was says that Xen did not do what it said it had done: nothing here is to be believed.
         let untouched = |of: &InFlight<H>, results: CopyResults<'_>| {
@@ -332,7 +345,7 @@ impl<H: Hypervisor> TxQueue<H> {
         status: Result<(), GrantStatus>,
         refused: bool,
         table: &mut Table<H>,
-        out: &mut Vec<Packet<H>>,
+        out: &mut Vec<Staged<H>>,
     ) -> Result<(), VifFault> {
         match status {
             Ok(()) => {}
@@ -360,7 +373,7 @@ impl<H: Hypervisor> TxQueue<H> {
             let rest = table.insert(open).map_or(Rest::None, Rest::Taken);
             packet.set_rest(len, rest);
         }
-        out.push(packet);
+        out.push(Staged::new(packet, self.origin.port));
         Ok(())
     }
 
@@ -372,19 +385,6 @@ impl<H: Hypervisor> TxQueue<H> {
             counters.packets += 1;
             counters.bytes += len as u64;
         });
-    }
-
-    fn count_hypercalls(&mut self) {
-        for path in [Datapath::Copy, Datapath::Direct] {
-            let of_path = self.batch.iter().filter(|of| of.packet.path == path);
-            let copies: usize = of_path.map(|of| of.copies.len()).sum();
-            if copies > 0 {
-                self.paths.count(path, |counters| {
-                    counters.hypercalls += 1;
-                    counters.copies += copies as u64;
-                });
-            }
-        }
     }
 }
 

@@ -109,10 +109,16 @@ impl<H: Hypervisor> RxQueue<H> {
 
     /// Pages whose responses came are ours again.
     fn take_back(&mut self, taken: Taken) {
-        let slots = (usize::from(taken.first)..).take(taken.count.into());
-        for slot in slots {
-            let slot = slot.checked_rem(self.pages.len()).unwrap_or(0);
-            self.spare.extend(self.pages.get_mut(slot).and_then(Option::take));
+        let mut slot = usize::from(taken.first);
+        for _ in 0..taken.count {
+            let Some(place) = self.pages.get_mut(slot) else { break };
+            if let Some(page) = place.take() {
+                self.spare.push(page);
+            }
+            slot += 1;
+            if slot == self.pages.len() {
+                slot = 0;
+            }
         }
     }
 

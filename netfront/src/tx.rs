@@ -20,6 +20,8 @@ use crate::queue::{Maker, RingPage};
 const SPREAD: usize = 1024;
 /// Bytes between the places where small packets begin: a cache line.
 const STRIDE: usize = 64;
+/// How many such places there are.
+const PLACES: usize = (PAGE_SIZE - SPREAD) / STRIDE;
 
 /// Pages of the longest packet.
 #[cfg(feature = "smoltcp")]
@@ -219,8 +221,7 @@ impl<H: Hypervisor> TxQueue<H> {
         let id = self.free.pop().ok_or(SendError::Full)?;
         let buffer = self.buffers.get_mut(usize::from(id)).ok_or(SendError::Full)?;
         let page = buffer.page.as_ref().ok_or(SendError::Full)?;
-        let places = if part.len() <= SPREAD { (PAGE_SIZE - SPREAD) / STRIDE } else { 1 };
-        let offset = usize::from(id) % places * STRIDE;
+        let offset = if part.len() <= SPREAD { usize::from(id) % PLACES * STRIDE } else { 0 };
         page.page().write_bytes(offset, part);
         let written = offset..offset + part.len();
         if self.wipe {
