@@ -94,8 +94,8 @@ impl fmt::Display for Snapshot {
 
 /// The features of this domain, which may come and go while it runs.
 ///
-/// Xen gives no notice of a change. [`refresh`](Self::refresh) reads the bits again: at start, on every resume and
-/// before every connect. [`withdraw`](Self::withdraw) and [`restore`](Self::restore) are the operator's word. Any thread may
+/// Xen gives no notice of a change. [`refresh`](Self::refresh) reads the bits again: at start, on every resume,
+/// before every connect, and whenever there is reason to doubt them. [`withdraw`](Self::withdraw) and [`restore`](Self::restore) are the operator's word. Any thread may
 /// take a [`snapshot`](Self::snapshot), at the cost of one load.
 #[derive(Debug)]
 pub struct Features {

@@ -378,8 +378,8 @@ impl<H: Hypervisor> Backend<H> {
         &self.features
     }
 
-    /// Reads again what Xen advertises, and asks whether it cleans caches. To be called after each resume: it may be another
-    /// Xen.
+    /// Reads again what Xen advertises, and asks whether it cleans caches: two hypercalls. To be called after each resume, as it
+    /// may be another Xen; [`poll`](Self::poll) does it once a second.
     ///
     /// # Errors
     /// As Xen answers: then what was read before still holds.

@@ -70,12 +70,14 @@ impl<H: Hypervisor> Backend<H> {
         now: Instant,
         mut tap: impl FnMut(&Packet<H>),
     ) -> bool {
-        self.update_modes(now);
         let tick = now >= self.next_tick;
         if tick {
             self.next_tick = now.after(TICK);
             self.mapper.retry_parked(&mut self.map_ops);
+            // Nobody says when something comes back, nor when something goes that no map hangs on.
+            let _ = self.refresh_features();
         }
+        self.update_modes(now);
         for vif in self.vifs.iter_mut().flatten() {
             vif.wake_if_due(client, now);
             for queue in &mut vif.queues {

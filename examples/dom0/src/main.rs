@@ -22,10 +22,10 @@ mod withdrawal;
 use core::num::NonZeroUsize;
 
 use evtchn::{Channel, Eoi, Upcalls, Work};
-use features::Features;
+use features::{Features, Snapshot};
 use grant::Mapper;
 use hypercall::{Errno, Instant, Port, Shutdown, VcpuId, Virq};
-use netback::datapath::{Arch, Datapaths, Facts, Policy};
+use netback::datapath::{Arch, Facts, Policy};
 use netback::switch::{Seed, SwitchLimits};
 use netback::{Backend, Config, Hotplug};
 use runtime::{BootInfo, Hv, Sleep};
@@ -53,8 +53,6 @@ const PORTS: usize = 64;
 /// 4 KiB and 64 KiB packet buffers: 12 MiB of the 32 that this dom0 is to run in.
 const SMALL_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1535);
 const LARGE_BUFFERS: NonZeroUsize = NonZeroUsize::MIN.saturating_add(95);
-/// Cleaning caches by a guest's page's second appearance takes a mapping of it there, which this machine has not.
-const ALLOWED: Datapaths = Datapaths::all().difference(Datapaths::MAP_IDENTITY);
 /// Where pages are served, and requests served at once.
 const HTTP: (u16, usize) = (80, 4);
 /// Streams taken at once.
@@ -76,6 +74,8 @@ struct Dom0 {
     exceptions: Channel<Hv>,
     console: Console,
     withdrawn: Key,
+    /// Those that the log knows of.
+    features: Snapshot,
 }
 
 fn run(hv: Hv, boot: BootInfo) -> ! {
@@ -95,8 +95,8 @@ fn run(hv: Hv, boot: BootInfo) -> ! {
 
 impl Dom0 {
     fn new(hv: Hv, boot: &BootInfo) -> Result<Self, Errno> {
-        let features = Features::read(&hv)?;
-        log::info!("dom0: {} KiB of memory, features {}", boot.memory / 1024, features.snapshot());
+        let features = Features::read(&hv)?.snapshot();
+        log::info!("dom0: {} KiB of memory, features {features}", boot.memory / 1024);
         let options = Options::parse(boot.bootargs, |word| {
             log::info!("dom0: nothing is done about {word} on the command line");
         });
@@ -117,7 +117,7 @@ impl Dom0 {
             // The counter at start is no secret of the best kind, but guests cannot read it from where they are.
             seed: Seed(now.0.rotate_left(32) ^ 0x9e37_79b9_7f4a_7c15, now.0),
             facts: Facts::probe(&hv, Arch::Arm, false, nic.as_ref().map(uplink::facts)),
-            policy: Policy { allowed: ALLOWED, ..Policy::default() },
+            policy: Policy::default(),
         };
         let mut backend =
             Backend::new(&hv, binder.clone(), mapper.clone(), &mut store.client, config)?;
@@ -156,6 +156,7 @@ impl Dom0 {
             exceptions,
             console,
             withdrawn,
+            features,
         })
     }
 
@@ -190,6 +191,10 @@ impl Dom0 {
             table.extend(self.uplink.as_ref().map(Uplink::table));
             table
         });
+        let features = self.backend.features().snapshot();
+        if core::mem::replace(&mut self.features, features) != features {
+            log::info!("dom0: features {features}");
+        }
         for notice in self.backend.take_notices() {
             notices::tell(&notice);
             more = true;

@@ -1,5 +1,6 @@
 //! The network card, and a record of what goes by it.
 
+use netback::dma::DmaPiece;
 use netback::uplink::{Buffer, Card, Offers, Outgoing, Received};
 use netif::mac::MacAddr;
 use runtime::Hv;
@@ -24,6 +25,10 @@ impl Card<Hv> for Tap {
 
     fn room(&self) -> usize {
         self.net.room()
+    }
+
+    fn clean_identity(&mut self, pieces: &[DmaPiece]) -> bool {
+        self.net.clean_identity(pieces)
     }
 
     fn send(&mut self, out: Outgoing<Hv>) -> Result<(), Outgoing<Hv>> {

@@ -75,9 +75,10 @@ impl<H: Hypervisor> Received<H> {
 /// A network card and its driver.
 ///
 /// Each piece that it is given says what is to be done before the device looks:
-/// [`Hypercall`](crate::dma::Maintenance::Hypercall) has been done by whoever gave it; what is the processor's own business, on
-/// mapped pages and on memory of ours, is left to the card. A card that is not coherent also has the processor see what the
-/// device wrote to a buffer before it gives that back.
+/// [`Hypercall`](crate::dma::Maintenance::Hypercall) has been done by whoever gave it, and
+/// [`Identity`](crate::dma::Maintenance::Identity) by [`clean_identity`](Self::clean_identity) before; what is to be done to memory of
+/// ours is left to the card. A card that is not coherent also has the processor see what the device wrote to a buffer before it
+/// gives that back.
 pub trait Card<H: Hypervisor> {
     /// What was agreed on.
     fn offers(&self) -> Offers;
@@ -87,6 +88,11 @@ pub trait Card<H: Hypervisor> {
 
     /// Descriptors free for sending. A frame takes one for each of its pieces and one for its header.
     fn room(&self) -> usize;
+
+    /// Writes back what the processor's caches hold of those pieces that ask for [`Identity`](crate::dma::Maintenance::Identity).
+    /// `false` if one of them is not to be found at its machine address: then the packet is copied.
+    #[must_use]
+    fn clean_identity(&mut self, pieces: &[DmaPiece]) -> bool;
 
     /// Queues a frame; the device learns of it by [`publish`](Self::publish).
     ///

@@ -33,7 +33,7 @@ netif::counters! {
     Copied {
         /// The rules of that moment had no address for a page.
         no_address,
-        /// Xen would not clean the caches.
+        /// Xen would not clean the caches, or a page was not at the machine address by which they are cleaned.
         not_cleaned,
         /// The card took none for too long.
         overdue,

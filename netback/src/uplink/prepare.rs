@@ -8,7 +8,7 @@ use hypercall::{Hypervisor, PAGE_SIZE};
 use netif::headers;
 use netif::offload::{Checksum, Gso};
 
-use super::card::Offers;
+use super::card::{Card, Offers};
 use super::counters::UplinkCounters;
 use super::header::NetHeader;
 use super::outgoing::{Heads, Layout, MAX_HEAD_PAGES, Pieces, Source};
@@ -67,15 +67,16 @@ impl<H: Hypervisor> Spares<H> {
 }
 
 /// What the port has decided that holds for each packet.
-pub(super) struct Preparing<'a, H: Hypervisor> {
-    pub(super) backend: &'a Backend<H>,
+pub(super) struct Preparing<'a, H: Hypervisor, C: Card<H>> {
+    pub(super) backend: &'a mut Backend<H>,
+    pub(super) card: &'a mut C,
     pub(super) offers: Offers,
     pub(super) max_frame: usize,
     pub(super) spares: &'a mut Spares<H>,
     pub(super) counters: &'a mut UplinkCounters,
 }
 
-impl<H: Hypervisor> Preparing<'_, H> {
+impl<H: Hypervisor, C: Card<H>> Preparing<'_, H, C> {
     /// Decides how a packet goes out.
     pub(super) fn prepare(mut self, packet: Packet<H>) -> Result<Arc<Source<H>>, Unready<H>> {
         let mut shared = self.spares.take();
@@ -111,7 +112,7 @@ impl<H: Hypervisor> Preparing<'_, H> {
     }
 }
 
-impl<H: Hypervisor> Preparing<'_, H> {
+impl<H: Hypervisor, C: Card<H>> Preparing<'_, H, C> {
     /// Finds out where the card finds a packet. One that is mapped is copied if that is nowhere.
     fn locate(
         &mut self,
@@ -130,8 +131,15 @@ impl<H: Hypervisor> Preparing<'_, H> {
         // The rule of this moment: what was advertised when the packet was mapped may be gone.
         let rule = self.backend.dma_rule();
         let located = rule.and_then(|rule| extend(pieces, packet.dma(rule))).is_some();
-        if located && dma::clean(&self.backend.hv, pieces.iter().copied()).is_ok() {
+        if located
+            && dma::clean(&self.backend.hv, pieces.iter().copied()).is_ok()
+            && self.card.clean_identity(pieces)
+        {
             return Ok(());
+        }
+        if located {
+            // What the rule rests on is not there: it went, or went and came back, without a word.
+            let _ = self.backend.refresh_features();
         }
         if !packet.make_whole(self.backend.pools()) {
             return Err(Unfit::NoBuffer);

@@ -104,6 +104,7 @@ impl<H: Hypervisor> Sender<H> {
                     let preparing = Preparing {
                         backend,
                         offers: card.offers(),
+                        card,
                         max_frame: config.max_frame.into(),
                         spares: &mut self.spares,
                         counters,

@@ -33,6 +33,8 @@ pub struct TestCard {
     pub unstoppable: bool,
     /// The driver does what pieces ask for.
     pub cleans: bool,
+    /// Nothing is where the driver would clean it.
+    pub misses: bool,
     /// Frames whose headers are where a guest could change them.
     pub exposed: usize,
     /// Frames come back from the last to the first.
@@ -59,6 +61,7 @@ impl TestCard {
             broken: false,
             unstoppable: false,
             cleans: true,
+            misses: false,
             exposed: 0,
             backwards: false,
         }
@@ -126,7 +129,7 @@ impl TestCard {
 
     /// Has the device see what the processor wrote.
     fn clean(&self, piece: DmaPiece) {
-        if matches!(piece.maintenance, Maintenance::Identity | Maintenance::Own) {
+        if piece.maintenance == Maintenance::Own {
             assert!(self.hv.clean_cache(piece.address.bus().0, piece.len.into()));
         }
     }
@@ -158,6 +161,14 @@ impl Card<SimHv> for TestCard {
 
     fn room(&self) -> usize {
         self.capacity - self.used
+    }
+
+    fn clean_identity(&mut self, pieces: &[DmaPiece]) -> bool {
+        let asks = |piece: &&DmaPiece| piece.maintenance == Maintenance::Identity;
+        let clean = |piece: &DmaPiece| {
+            !self.cleans || self.hv.clean_cache(piece.address.bus().0, piece.len.into())
+        };
+        pieces.iter().filter(asks).all(|piece| !self.misses && clean(piece))
     }
 
     fn send(&mut self, out: Outgoing<SimHv>) -> Result<(), Outgoing<SimHv>> {

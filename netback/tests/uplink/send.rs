@@ -158,6 +158,50 @@ fn what_the_rules_no_longer_hold_for_is_copied() {
 }
 
 #[test]
+fn what_is_not_at_its_machine_address_is_copied_and_the_bits_are_read_again() {
+    let board = Board::arm(false, false, true);
+    let mut world = World::new(board, Offers::empty());
+    let (bytes, meta, expected) = large(&world);
+    let offered = |world: &World| {
+        world.machine.backend.features().snapshot().has(XenFeatures::GRANT_MAP_IDENTITY)
+    };
+    let sent = |world: &World| world.uplink.counters().sent(Datapath::MapIdentity).packets;
+    world.send(&bytes, meta);
+    world.settle();
+    assert!(world.take_wire() == expected);
+    assert_eq!(sent(&world), 1);
+    // Xen took it away and gave it back while the page was mapped: nothing but a look at it shows that.
+    world.card().misses = true;
+    world.send(&bytes, meta);
+    world.settle();
+    assert!(world.take_wire() == expected);
+    assert_eq!((sent(&world), world.uplink.counters().copied.not_cleaned), (1, 1));
+    assert!(offered(&world));
+    // It takes it away for good when the packet is on its way to the port.
+    world.send(&bytes, meta);
+    world.machine.settle();
+    let (id, bits) = (world.machine.hv.id(), board.domain.features);
+    world.machine.sim.set_features(id, bits & !XenFeatures::GRANT_MAP_IDENTITY.bits());
+    assert!(offered(&world), "nobody said so");
+    world.settle();
+    assert!(world.take_wire() == expected);
+    assert_eq!((sent(&world), world.uplink.counters().copied.not_cleaned), (1, 2));
+    assert!(!offered(&world));
+    // That it is back is seen within a second, though nobody looks for it.
+    world.machine.sim.set_features(id, bits);
+    world.card().misses = false;
+    world.pass(1100 * MS, 100 * MS);
+    assert!(offered(&world));
+    world.send(&bytes, meta);
+    world.settle();
+    world.send(&bytes, meta);
+    world.settle();
+    assert!(world.take_wire() == [&expected[..]; 2].concat());
+    assert!(sent(&world) >= 2);
+    world.assert_right();
+}
+
+#[test]
 fn withdrawal_and_return_in_mid_transfer_change_nothing_on_the_wire() {
     let mut world = World::new(Board::plain(), Offers::empty());
     let (bytes, meta, expected) = large(&world);

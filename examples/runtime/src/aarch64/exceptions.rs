@@ -1,4 +1,5 @@
-//! Exceptions, none of which is expected: say what happened, and end the domain.
+//! Exceptions, of which one is expected, when it is looked [whether anything is at an address](is_readable). Of any other it is said
+//! what happened, and the domain ends.
 
 use core::arch::global_asm;
 use core::fmt::Write;
@@ -31,6 +32,22 @@ global_asm!(
 
 save_and_report:
     stp     x2, x3, [sp, #16]
+    cbnz    x1, 1f                  // not a synchronous one of ours
+    mrs     x0, elr_el1
+    adr     x2, 3f
+    cmp     x0, x2
+    b.ne    1f
+    mrs     x0, esr_el1
+    lsr     x0, x0, #26
+    cmp     x0, #0x25               // a data abort
+    b.ne    1f
+    adr     x2, 4f
+    msr     elr_el1, x2
+    ldp     x2, x3, [sp, #16]
+    ldp     x0, x1, [sp]
+    add     sp, sp, #256
+    eret
+1:
     stp     x4, x5, [sp, #32]
     stp     x6, x7, [sp, #48]
     stp     x8, x9, [sp, #64]
@@ -47,14 +64,29 @@ save_and_report:
     str     x30, [sp, #240]
     mov     x0, sp
     b       {report}
+
+    .global {is_readable}
+{is_readable}:
+3:  ldrb    w1, [x0]
+    mov     w0, #1
+    ret
+4:  mov     w0, wzr
+    ret
 "#,
     vectors = sym vectors,
+    is_readable = sym is_readable,
     report = sym report,
 );
 
 unsafe extern "C" {
     /// The vector table.
     pub safe fn vectors();
+
+    /// Whether a byte can be read here: 1 if it can, else 0.
+    ///
+    /// # Safety
+    /// The translation tables are on, and reading there, if anything is there, does nothing.
+    pub unsafe fn is_readable(address: u64) -> u32;
 }
 
 fn cause(vector: u64, class: u64) -> &'static str {

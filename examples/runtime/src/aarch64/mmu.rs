@@ -1,4 +1,5 @@
-//! Stage 1 of address translation: everything at its own address, with no more rights than it needs.
+//! Stage 1 of address translation: everything at its own address, with no more rights than it needs; and, for a direct-mapped
+//! domain with a device, whatever of other domains' Xen lets it see at the machine's addresses, a second time, to be read alone.
 //!
 //! Memory that Xen reads or writes on our behalf (hypercall structures, buffers, the windows) has to be normal
 //! write-back memory: Xen finds it through these tables and accesses it through its own cached mapping.
@@ -88,9 +89,14 @@ impl Tables {
     /// Maps a range of whole pages at its own address. `None` if the tables do not suffice, or if part of the range
     /// is mapped already.
     pub fn map(&mut self, range: &Range<u64>, how: Use) -> Option<()> {
+        self.map_moved(range, 0, how)
+    }
+
+    /// The same, so much above its own address.
+    pub fn map_moved(&mut self, range: &Range<u64>, above: u64, how: Use) -> Option<()> {
         let mut at = range.start;
         while at < range.end {
-            at += self.map_one(at, range.end - at, how)?;
+            at += self.map_one(at, above, range.end - at, how)?;
         }
         // The walk of a later access sees the entries.
         barrier::dsb(barrier::ISHST);
@@ -98,16 +104,17 @@ impl Tables {
         Some(())
     }
 
-    /// Maps the largest block that starts here and fits, and says how large it is.
-    fn map_one(&mut self, at: u64, room: u64, how: Use) -> Option<u64> {
+    /// Maps the largest block that starts here and fits, so much above, and says how large it is.
+    fn map_one(&mut self, at: u64, above: u64, room: u64, how: Use) -> Option<u64> {
         let mut table = 0;
+        let seen = at + above;
         for level in 0..=3 {
             let shift = 39 - 9 * level;
-            let entry = self.entry(table, (at >> shift) as usize & 511);
+            let entry = self.entry(table, (seen >> shift) as usize & 511);
             // SAFETY: in bounds by `entry`; only this code writes it, the processor merely reads.
             let present = unsafe { entry.read_volatile() };
             let size = 1 << shift;
-            if level > 0 && at.is_multiple_of(size) && room >= size && present == 0 {
+            if level > 0 && (at | seen).is_multiple_of(size) && room >= size && present == 0 {
                 let page = if level == 3 { TABLE_OR_PAGE } else { 0 };
                 // SAFETY: as above. A single store: the processor sees the entry whole or not at all.
                 unsafe { entry.write_volatile(at | how.attributes() | page) };

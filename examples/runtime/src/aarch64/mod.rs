@@ -146,6 +146,10 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
     #[cfg(feature = "virtio-net")]
     map_devices(&tree, &mut tables, data).ok_or("fewer pieces of registers to map")?;
     let offered = XenFeatures::from_bits_retain(HV.features(0).unwrap_or(0));
+    #[cfg(feature = "virtio-net")]
+    if !offered.contains(XenFeatures::NOT_DIRECT_MAPPED) {
+        map_machine(&mut tables).ok_or("fewer pieces of memory to map")?;
+    }
     if !offered.contains(XenFeatures::DOM0) {
         map_guest(&tree, &mut tables).ok_or("fewer pieces of memory to map")?;
     }
@@ -189,6 +193,33 @@ fn map_devices(tree: &Tree<'_>, tables: &mut Tables, data: &'static [u8]) -> Opt
     pages.iter().try_for_each(|range| tables.map(range, Use::Device))?;
     TREE.call_once(|| data);
     Some(())
+}
+
+/// Where the machine's addresses are seen: so much above themselves, where nothing has its own address.
+#[cfg(feature = "virtio-net")]
+const MACHINE_VIEW: u64 = 1 << 47;
+
+/// Which of them: as many as take one table, and as the processor can have.
+#[cfg(feature = "virtio-net")]
+fn machine_view() -> Range<u64> {
+    0..1 << mmu::address_bits().min(39)
+}
+
+/// Maps them. Of what is there a direct-mapped domain sees its own, and what it has mapped of others' while
+/// `XENFEAT_grant_map_identity` is advertised; all else is a fault.
+#[cfg(feature = "virtio-net")]
+fn map_machine(tables: &mut Tables) -> Option<()> {
+    tables.map_moved(&machine_view(), MACHINE_VIEW, Use::Read)
+}
+
+/// Where we see a machine address; `None` if there is nothing that we may see.
+#[cfg(feature = "virtio-net")]
+pub fn see_machine(address: u64) -> Option<usize> {
+    let at = machine_view().contains(&address).then_some(MACHINE_VIEW + address)?;
+    // SAFETY: translation is on since boot. To read does nothing: the address is that of a page which a guest granted, or was one,
+    // and never that of a device's registers. Where the view is not mapped, or nothing is seen in it, it is a fault.
+    let is_there = unsafe { exceptions::is_readable(at) } == 1;
+    is_there.then_some(at as usize)
 }
 
 /// The virtio devices, whose registers are mapped.

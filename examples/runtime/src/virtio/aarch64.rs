@@ -99,6 +99,13 @@ pub fn clean_cache(start: usize, len: usize) {
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
 }
 
+/// As [`clean_cache`], of bytes in a page of a guest's at their machine address. Answers whether they are there: Xen puts them there
+/// when a page is mapped, or does not, and says nothing.
+pub fn clean_machine(start: u64, len: usize) -> bool {
+    let seen = arch::see_machine(start);
+    seen.inspect(|at| clean_cache(*at, len)).is_some()
+}
+
 /// Has us see what was written to these bytes, which are mapped, by whoever does not see our caches. We have written to none of
 /// the lines since they were cleaned.
 pub fn discard_cache(start: usize, len: usize) {

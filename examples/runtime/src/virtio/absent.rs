@@ -21,4 +21,8 @@ impl Interrupt {
 
 pub fn clean_cache(_: usize, _: usize) {}
 
+pub fn clean_machine(_: u64, _: usize) -> bool {
+    false
+}
+
 pub fn discard_cache(_: usize, _: usize) {}

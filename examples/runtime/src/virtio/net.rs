@@ -212,18 +212,12 @@ impl<H: Hypervisor, T: Transport> Net<H, T> {
     }
 }
 
-/// Does to the caches of these bytes what is the processor's business. Answers whether that is possible.
-fn maintain(pieces: impl IntoIterator<Item = DmaPiece>, own: impl Fn(usize, usize)) -> bool {
-    pieces.into_iter().all(|piece| match piece.maintenance {
-        Maintenance::None | Maintenance::Hypercall => true,
-        Maintenance::Own => {
-            // Memory of ours is mapped at its own address, and that is its bus address.
-            own(piece.address.bus().0 as usize, piece.len.into());
-            true
-        }
-        // Where a guest's page appears a second time, this machine has nothing mapped.
-        Maintenance::Identity => false,
-    })
+/// Does to the caches of these bytes, where they are ours, what is the processor's business.
+fn maintain(pieces: impl IntoIterator<Item = DmaPiece>, own: impl Fn(usize, usize)) {
+    for piece in pieces.into_iter().filter(|piece| piece.maintenance == Maintenance::Own) {
+        // Memory of ours is mapped at its own address, and that is its bus address.
+        own(piece.address.bus().0 as usize, piece.len.into());
+    }
 }
 
 /// Has a device let go of everything; says whether it did.
@@ -245,10 +239,18 @@ impl<H: Hypervisor, T: Transport> Card<H> for Net<H, T> {
         if self.broken { 0 } else { self.transmit.queue.room().into() }
     }
 
+    fn clean_identity(&mut self, pieces: &[DmaPiece]) -> bool {
+        let asks = |piece: &&DmaPiece| piece.maintenance == Maintenance::Identity;
+        pieces
+            .iter()
+            .filter(asks)
+            .all(|piece| platform::clean_machine(piece.address.bus().0, piece.len.into()))
+    }
+
     fn send(&mut self, out: Outgoing<H>) -> Result<(), Outgoing<H>> {
         let described = self.transmit.describe(out.pieces(), false);
-        let clean = |_: &Described| !self.broken && maintain(out.pieces(), platform::clean_cache);
-        let Some(chain) = described.filter(clean) else { return Err(out) };
+        let Some(chain) = described.filter(|_| !self.broken) else { return Err(out) };
+        maintain(out.pieces(), platform::clean_cache);
         let Ring { queue, headers } = &mut self.transmit;
         headers.write(Ring::<Outgoing<H>>::header(queue.next_head()), &out.header().to_bytes());
         queue.queue(chain, out);
@@ -269,10 +271,9 @@ impl<H: Hypervisor, T: Transport> Card<H> for Net<H, T> {
 
     fn post(&mut self, buffer: Buffer<H>) -> Result<(), Buffer<H>> {
         let described = self.receive.describe(buffer.pieces(), true);
+        let Some(chain) = described.filter(|_| !self.broken) else { return Err(buffer) };
         // Or a line of ours might be written back over what the device writes.
-        let clean =
-            |_: &Described| !self.broken && maintain(buffer.pieces(), platform::clean_cache);
-        let Some(chain) = described.filter(clean) else { return Err(buffer) };
+        maintain(buffer.pieces(), platform::clean_cache);
         self.receive.queue.queue(chain, buffer);
         Ok(())
     }
@@ -289,8 +290,7 @@ impl<H: Hypervisor, T: Transport> Card<H> for Net<H, T> {
         };
         let mut header = [0; NetHeader::LEN];
         self.receive.headers.read(Ring::<Buffer<H>>::header(done.head), &mut header);
-        // Posted, so there is a way.
-        let _ = maintain(done.token.pieces(), platform::discard_cache);
+        maintain(done.token.pieces(), platform::discard_cache);
         Some(Received {
             header: NetHeader::from_bytes(header),
             // Less than a header is nothing of a frame.

@@ -103,9 +103,9 @@ impl SimCard {
     /// Cleans, or discards, what the processors' caches hold of these bytes, where that is the driver's to do.
     fn maintain(&self, piece: DmaPiece, discard: bool) {
         let own = match piece.maintenance {
-            Maintenance::None => false,
+            Maintenance::None | Maintenance::Identity => false,
             Maintenance::Hypercall => self.cleans_elsewhere,
-            Maintenance::Identity | Maintenance::Own => true,
+            Maintenance::Own => true,
         };
         let (at, len) = (piece.address.bus().0, piece.len.into());
         match (own, discard) {
@@ -207,6 +207,14 @@ impl Card<SimHv> for SimCard {
 
     fn room(&self) -> usize {
         RING - self.used
+    }
+
+    fn clean_identity(&mut self, pieces: &[DmaPiece]) -> bool {
+        let asks = |piece: &&DmaPiece| piece.maintenance == Maintenance::Identity;
+        pieces
+            .iter()
+            .filter(asks)
+            .all(|piece| self.hv.clean_cache(piece.address.bus().0, piece.len.into()))
     }
 
     fn send(&mut self, out: Outgoing<SimHv>) -> Result<(), Outgoing<SimHv>> {
