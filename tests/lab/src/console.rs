@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// Whose line it is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -254,6 +254,14 @@ impl Console {
             Input::Relayed if domain == 0 => self.type_slowly(&format!("{line}\n")),
             Input::Relayed => self.type_slowly(&format!(">{domain} {line}\n")),
         }
+    }
+
+    /// Presses a key of Xen's own.
+    pub fn debug_key(&self, key: char) -> Result<()> {
+        ensure!(self.way == Input::Switched, "Xen's own keys are not to be reached here");
+        self.turn(Source::Xen)?;
+        self.write(key.encode_utf8(&mut [0; 4]).as_bytes())?;
+        self.turn(Source::Dom(0))
     }
 
     fn type_slowly(&self, text: &str) -> Result<()> {

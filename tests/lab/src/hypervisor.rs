@@ -58,6 +58,14 @@ const TOOLS: &[(&str, &str)] = &[
 ];
 
 impl Xen {
+    /// The one to run on where `XENFEAT_grant_map_identity` is needed.
+    pub fn with_identity() -> Self {
+        match chosen() {
+            Self::Debug => Self::Debug,
+            Self::Debian | Self::Identity => Self::Identity,
+        }
+    }
+
     /// The hypervisor itself; `debian` is the packaged one.
     pub fn image(self, debian: PathBuf) -> Result<PathBuf> {
         match self {

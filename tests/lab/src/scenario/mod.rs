@@ -68,6 +68,13 @@ pub const ALL: &[Scenario] = &[
         boot: uplink::boot,
     },
     Scenario {
+        name: "identity-aarch64",
+        about: "the same on a Xen with grant_map_identity, which it takes away and gives back in mid-transfer (on demand)",
+        by_default: false,
+        test: uplink::identity::test,
+        boot: uplink::identity::boot,
+    },
+    Scenario {
         name: "linux-dom0-aarch64",
         about: "the same guests with Linux as dom0, for comparison (on demand)",
         by_default: false,

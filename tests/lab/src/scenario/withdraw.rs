@@ -243,6 +243,8 @@ pub const COPY: &str = "copy";
 const DIRECT: &str = "direct";
 /// The one by which pages go out that are not copied.
 pub const MAP: &str = "map";
+/// The same, with a second mapping at the machine address.
+pub const MAP_IDENTITY: &str = "map-identity";
 
 /// What a datapath has carried, in packets and bytes.
 #[derive(Clone, Copy, Default)]
@@ -323,7 +325,7 @@ impl Used {
 
     /// Where a datapath ends is where it is looked at: what is mapped goes to dom0 itself, or out.
     fn of(&self, path: &str) -> Carried {
-        if path == MAP { self.taken(path) } else { self.given(path) }
+        if [MAP, MAP_IDENTITY].contains(&path) { self.taken(path) } else { self.given(path) }
     }
 
     fn more(&self, later: &Self, path: &str) -> Carried {

@@ -3,6 +3,7 @@
 
 mod crash;
 mod frames;
+pub mod identity;
 mod ways;
 
 use anyhow::{Context as _, Result, ensure};

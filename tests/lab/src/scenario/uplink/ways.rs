@@ -13,9 +13,9 @@ use crate::run::Run;
 /// Bytes that went to the NIC, by datapath.
 const SENT: &str = "netback_uplink_sent_bytes_total";
 /// Of 64 MiB, with headers, at least this much is in packets that are large enough for each way that may carry it.
-const MOST: f64 = 60e6;
+pub const MOST: f64 = 60e6;
 /// Seconds between the pieces of a transfer, so that it lasts for all rounds.
-const PAUSE: f64 = 0.25;
+pub const PAUSE: f64 = 0.25;
 
 /// 64 MiB each way as it comes, and to the NIC without Map.
 pub fn each(run: &mut Run, outside: &Outside) {
@@ -39,7 +39,7 @@ pub fn each(run: &mut Run, outside: &Outside) {
 }
 
 /// What each datapath has carried to the NIC since, which has to be within limits.
-fn carried(
+pub fn carried(
     run: &Run,
     before: &Metrics,
     label: &str,
