@@ -110,6 +110,11 @@ impl Uplink {
         for (reason, value) in counters.copied.iter() {
             page.sample(name, format_args!("reason=\"{reason}\""), value);
         }
+        let name = "netback_uplink_cleaned_total";
+        page.family(name, "counter", "Pieces of guests' pages written back from the caches.");
+        for (how, value) in counters.cleaned.iter() {
+            page.sample(name, format_args!("how=\"{how}\""), value);
+        }
         let name = "netback_uplink_drops_total";
         page.family(name, "counter", "Dropped at the network card; tx is towards it.");
         for (reason, value) in counters.send_drops.iter() {

@@ -41,6 +41,16 @@ netif::counters! {
 }
 
 netif::counters! {
+    /// Pieces of mapped pages that were written back from the caches before the card looked, by who did it.
+    Cleaned {
+        /// Xen: one operation of `GNTTABOP_cache_flush` each, up to 16 of a packet's in one hypercall.
+        by_xen,
+        /// This domain, at the machine address.
+        at_machine_address,
+    }
+}
+
+netif::counters! {
     /// Packets that were dropped on their way out, by reason. Of one that was cut, what was left of it.
     SendDrops {
         /// Nobody may look at all of it.
@@ -112,6 +122,8 @@ pub struct UplinkCounters {
     pub offloads: Offloads,
     /// Packets that came mapped and were copied.
     pub copied: Copied,
+    /// What was written back from the caches.
+    pub cleaned: Cleaned,
     /// What did not get out.
     pub send_drops: SendDrops,
     /// What came in.

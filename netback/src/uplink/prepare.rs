@@ -14,7 +14,7 @@ use super::header::NetHeader;
 use super::outgoing::{Heads, Layout, MAX_HEAD_PAGES, Pieces, Source};
 use super::translate;
 use crate::backend::Backend;
-use crate::dma::{self, DmaPiece, OwnRule};
+use crate::dma::{self, DmaPiece, Maintenance, OwnRule};
 use crate::offload::checksum::{Sum, complete_first};
 use crate::offload::segment::{Cut, cut};
 use crate::packet::Packet;
@@ -135,6 +135,14 @@ impl<H: Hypervisor, C: Card<H>> Preparing<'_, H, C> {
             && dma::clean(&self.backend.hv, pieces.iter().copied()).is_ok()
             && self.card.clean_identity(pieces)
         {
+            for piece in pieces.iter() {
+                let cleaned = &mut self.counters.cleaned;
+                match piece.maintenance {
+                    Maintenance::Hypercall => cleaned.by_xen += 1,
+                    Maintenance::Identity => cleaned.at_machine_address += 1,
+                    Maintenance::None | Maintenance::Own => {}
+                }
+            }
             return Ok(());
         }
         if located {

@@ -36,7 +36,7 @@ fn send_all(world: &mut World) -> Vec<String> {
     wrong
 }
 
-fn assert_counts(counters: &UplinkCounters, offers: Offers, path: Datapath) {
+fn assert_counts(counters: &UplinkCounters, offers: Offers, board: Board, path: Datapath) {
     let offloads = counters.offloads;
     let tso = offers.contains(Offers::CSUM) && offers.intersects(Offers::TSO4 | Offers::TSO6);
     let both = Offers::CSUM | Offers::TSO4 | Offers::TSO6;
@@ -48,6 +48,10 @@ fn assert_counts(counters: &UplinkCounters, offers: Offers, path: Datapath) {
     for mapped in [Datapath::Map, Datapath::MapIdentity] {
         assert_eq!(counters.sent(mapped).packets > 20, mapped == path, "{mapped}");
     }
+    let coherent = board.facts.uplink.is_some_and(|nic| nic.coherent);
+    let cleaned = counters.cleaned;
+    assert_eq!(cleaned.by_xen > 20, path == Datapath::Map && !coherent);
+    assert_eq!(cleaned.at_machine_address > 20, path == Datapath::MapIdentity);
     assert_eq!(counters.copied, Default::default());
     assert_eq!(counters.send_drops, Default::default());
     assert_eq!(counters.hardware, Default::default());
@@ -59,7 +63,7 @@ fn whatever_the_card_offers_every_frame_goes_out_right_by_every_way() {
         for offers in sending() {
             let mut world = World::new(board, offers);
             assert_eq!(send_all(&mut world), Vec::<String>::new(), "{offers:?} {board:?}");
-            assert_counts(world.uplink.counters(), offers, path);
+            assert_counts(world.uplink.counters(), offers, board, path);
             world.assert_right();
         }
     }

@@ -1,10 +1,11 @@
 //! Which Xen the scenarios on Arm run on: Debian's, or one that is built here from Debian's source with the project's patch, which
 //! puts `XENFEAT_grant_map_identity` back (`tests/lab/xen`).
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
@@ -25,21 +26,32 @@ pub enum Xen {
     Debug,
 }
 
-/// What was asked for.
-static CHOSEN: OnceLock<Xen> = OnceLock::new();
+impl fmt::Display for Xen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Debian => "Debian's Xen",
+            Self::Identity => "Xen with grant_map_identity",
+            Self::Debug => "Xen with grant_map_identity, debug build",
+        })
+    }
+}
 
-/// From here on the scenarios run on this one; decided once.
+/// The one that the scenarios run on now.
+static CHOSEN: Mutex<Xen> = Mutex::new(Xen::Debian);
+
+/// From here on the scenarios run on this one.
 pub fn choose(xen: Xen) {
-    CHOSEN.get_or_init(|| xen);
+    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner) = xen;
 }
 
 /// The one that the scenarios run on.
 pub fn chosen() -> Xen {
-    CHOSEN.get().copied().unwrap_or(Xen::Debian)
+    *CHOSEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What Xen prints when something is wrong with it.
-const COMPLAINTS: &[&str] = &["Assertion", "WARN", "BUG", "Xen call trace"];
+const COMPLAINTS: &[&str] =
+    &["Assertion", "ASSERT", "WARN", "BUG", "Xen call trace", "Panic on CPU", "FATAL"];
 
 /// Whether a line of Xen's is about something being wrong with it.
 pub fn complains(line: &str) -> bool {
@@ -58,14 +70,6 @@ const TOOLS: &[(&str, &str)] = &[
 ];
 
 impl Xen {
-    /// The one to run on where `XENFEAT_grant_map_identity` is needed.
-    pub fn with_identity() -> Self {
-        match chosen() {
-            Self::Debug => Self::Debug,
-            Self::Debian | Self::Identity => Self::Identity,
-        }
-    }
-
     /// The hypervisor itself; `debian` is the packaged one.
     pub fn image(self, debian: PathBuf) -> Result<PathBuf> {
         match self {
@@ -73,6 +77,11 @@ impl Xen {
             Self::Identity => built("identity", &[]),
             Self::Debug => built("debug", &["CONFIG_DEBUG=y"]),
         }
+    }
+
+    /// Whether the first line that Xen prints is of this build: it ends with the settings and the date.
+    pub fn is_this(self, banner: &str) -> bool {
+        banner.starts_with("Xen version ") && banner.contains(" debug=y ") == (self == Self::Debug)
     }
 }
 
@@ -193,7 +202,16 @@ mod tests {
         assert!(complains("Xen WARN at common/page_alloc.c:412"));
         assert!(complains("Xen BUG at arch/arm/p2m.c:1"));
         assert!(complains("Xen call trace:"));
+        assert!(complains("Panic on CPU 1:"));
         assert!(!complains("grant_map_identity: withdrawn"));
+    }
+
+    #[test]
+    fn the_debug_build_is_told_by_its_first_line() {
+        let banner = |debug| format!("Xen version 4.17.5 (Debian ) (gcc 12.2.0) debug={debug} Mon");
+        assert!(Xen::Debug.is_this(&banner("y")) && Xen::Debian.is_this(&banner("n")));
+        assert!(!Xen::Debug.is_this(&banner("n")) && !Xen::Identity.is_this(&banner("y")));
+        assert!(!Xen::Debian.is_this("Xen call trace:"));
     }
 
     #[test]

@@ -122,6 +122,7 @@ fn act(what: &What) -> Result<ExitCode> {
             packages::qemu_aarch64()?;
             packages::qemu_x86_64()?;
             packages::headers()?;
+            hypervisor::choose(Xen::Debug);
             images::prepare(false)?;
             images::prepare_xl(&[])?;
             for target in [toolchain::AARCH64, toolchain::X86_64] {
@@ -137,7 +138,8 @@ fn act(what: &What) -> Result<ExitCode> {
             }
         }
         What::Boot { scenario, xen } => {
-            let scenario = on(scenario::find(scenario)?, *xen)?;
+            let (scenario, xen) = on(scenario::find(scenario)?, *xen)?;
+            hypervisor::choose(xen);
             (scenario.boot)(scenario.name)?;
         }
         What::Test { scenario, xen } => return test(scenario.as_deref(), *xen),
@@ -156,23 +158,23 @@ fn act(what: &What) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A scenario, to be run on a Xen of choice.
-fn on(scenario: &'static Scenario, xen: Option<Xen>) -> Result<&'static Scenario> {
-    if let Some(xen) = xen {
-        ensure!(scenario.is_on_arm(), "{} runs on Debian's Xen alone", scenario.name);
-        hypervisor::choose(xen);
-    }
-    Ok(scenario)
+/// A scenario and the Xen to run it on.
+fn on(scenario: &'static Scenario, xen: Option<Xen>) -> Result<(&'static Scenario, Xen)> {
+    let xen = xen.unwrap_or(scenario.xen);
+    let runs = xen == scenario.xen || (scenario.is_on_arm() && xen != Xen::Debian);
+    ensure!(runs, "{} does not run on {xen}", scenario.name);
+    Ok((scenario, xen))
 }
 
 fn test(name: Option<&str>, xen: Option<Xen>) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    let by_default = scenario::ALL.iter().filter(|s| s.by_default);
+    let all = scenario::ALL.iter();
+    let by_default = all.filter_map(|scenario| Some((scenario, scenario.by_default?)));
     let chosen: Vec<_> = match (name, xen) {
         (Some(name), _) => vec![on(scenario::find(name)?, xen)?],
         (None, Some(_)) => by_default
-            .filter(|scenario| scenario.is_on_arm())
-            .map(|scenario| on(scenario, xen))
+            .filter(|(scenario, _)| scenario.is_on_arm())
+            .map(|(scenario, _)| on(scenario, xen))
             .collect::<Result<_>>()?,
         (None, None) => {
             tally += host::test()?;
@@ -180,8 +182,9 @@ fn test(name: Option<&str>, xen: Option<Xen>) -> Result<ExitCode> {
             by_default.collect()
         }
     };
-    for scenario in chosen {
-        println!("{}: {}", scenario.name, scenario.about);
+    for (scenario, xen) in chosen {
+        println!("{}: {}, on {xen}", scenario.name, scenario.about);
+        hypervisor::choose(xen);
         tally += (scenario.test)(scenario.name)?;
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);

@@ -1,22 +1,26 @@
 //! `XENFEAT_grant_map_identity` on a real Xen, which advertises it, takes it away and gives it back, and tells nobody: dom0's NIC sees
 //! no caches, and the guests' pages are cleaned at their machine addresses while that can be done.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
+use std::{fmt, fs};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::super::dom0;
 use super::super::transfer::{self, FILE, Rate};
+use super::timeline::Timeline;
 use super::ways::{MOST, PAUSE, carried};
 use super::withdraw::{
     self, COPY, DRAIN, DWELL, MAP, MAP_IDENTITY, RETURN, ROUNDS, used, wait_for,
 };
 use super::{GUESTS, Outside, frames, reached, shown, with_nic};
 use crate::console::Source;
-use crate::hypervisor::Xen;
+use crate::hypervisor;
 use crate::images::Images;
 use crate::machine::aarch64::{Board, Domain, Nic};
+use crate::metrics::Metrics;
+use crate::paths;
 use crate::run::{Answer, Run, Tally};
 
 /// Xen without `GNTTABOP_cache_flush`, as before 4.5.
@@ -30,14 +34,12 @@ const BIT: u64 = 1 << 12;
 const WAITS: usize = 5;
 /// What a step's status is that took longer than the guests' agent lets it.
 const KILLED: i32 = 137;
+/// dom0's table is looked at so often.
+const LOOK: Duration = Duration::from_millis(150);
+/// What was sent, by datapath and time.
+const PICTURE: &str = "identity.svg";
 /// Xen's and dom0's words are waited for so long.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn prepare() -> Result<(Images, PathBuf)> {
-    let (images, image) = dom0::prepare()?;
-    let xen = Xen::with_identity().image(images.xen.clone())?;
-    Ok((Images { xen, ..images }, image))
-}
 
 fn plan<'a>(
     images: &'a Images,
@@ -51,22 +53,22 @@ fn plan<'a>(
 }
 
 pub fn boot(name: &'static str) -> Result<()> {
-    let (images, image) = prepare()?;
+    let (images, image) = dom0::prepare()?;
     shown(name, &plan(&images, &image, NO_FLUSH, "lab=shell"))
 }
 
 pub fn test(name: &'static str) -> Result<Tally> {
     let outside = Outside::open()?;
-    let (images, image) = prepare()?;
+    let (images, image) = dom0::prepare()?;
     let mut run = Run::start(name, &plan(&images, &image, NO_FLUSH, ""))?;
     if up(&mut run, &image) {
         each(&mut run, &outside);
+        send_by(&mut run, &outside, "with the bit", "on", MAP_IDENTITY);
         change(&mut run, &outside);
         copied(&mut run, &outside);
         empty(&mut run);
     }
     frames::all_right(&mut run);
-    run.xen_is_well();
     let mut tally = run.finish(name)?;
     // The same Xen, as it is today otherwise: it cleans caches itself.
     let name = format!("{name}/cache-flush");
@@ -75,7 +77,6 @@ pub fn test(name: &'static str) -> Result<Tally> {
         flushed(&mut run, &outside);
     }
     frames::all_right(&mut run);
-    run.xen_is_well();
     tally += run.finish(&name)?;
     Ok(tally)
 }
@@ -142,22 +143,96 @@ fn each(run: &mut Run, outside: &Outside) {
     run.check("Xen put guests' pages at their machine addresses", Source::Xen, made);
 }
 
-/// Guest 1 sends 64 MiB, which all have to go by one way.
-fn send_by(run: &mut Run, outside: &Outside, how: &str, figure: &str, way: &str) {
-    let label = figure.trim_end_matches("_mbit");
+/// Guest 1 sends 64 MiB with the NIC to itself, which all have to go by one way: the rate, and what that took.
+fn send_by(run: &mut Run, outside: &Outside, how: &str, label: &str, way: &str) {
     let before = run.metrics(2, &format!("{label}-before"));
     let made = began(run, 1, "send", &format!("sink {}", outside.sink()))
         .and_then(|()| ended(run, 1, "send"))
         .and_then(|answer| Rate::of(&answer));
-    transfer::report(run, made, 1, &format!("64 MiB to the world, {how}"), figure);
+    let name = format!("64 MiB to the world, {how}");
+    transfer::report(run, made, 1, &name, &format!("{label}_mbit"));
     let limits = [COPY, MAP, MAP_IDENTITY].map(|path| match path {
         _ if path == way => (path, MOST, f64::MAX),
         // Headers, and what is small.
         COPY => (path, 0.0, FILE as f64 - MOST),
         _ => (path, 0.0, 0.0),
     });
-    let made = before.and_then(|before| carried(run, &before, label, &limits));
+    let made = before.and_then(|before| {
+        let text = carried(run, &before, label, &limits)?;
+        let cost = Cost::between(&before, &run.metrics(2, &format!("{label}-cost"))?)?;
+        cost.note(run, label);
+        Ok(format!("{text}; {cost}"))
+    });
     run.check(&format!("{how} it went by {way}"), Source::Dom(0), made);
+}
+
+/// What a transfer took.
+struct Cost {
+    /// Seconds of processor time of dom0's, by Xen's count.
+    cpu: f64,
+    /// Packets that went to the NIC, acknowledgements of the other direction included.
+    packets: f64,
+    /// Of grants, for what guests sent: hypercalls, copies, maps and unmaps.
+    hypercalls: f64,
+    copies: f64,
+    maps: f64,
+    unmaps: f64,
+    /// Pieces of pages cleaned by Xen, and at their machine addresses.
+    flushed: f64,
+    cleaned: f64,
+}
+
+impl Cost {
+    fn between(before: &Metrics, after: &Metrics) -> Result<Self> {
+        let more = |name: &str, labels: &[(&str, &str)]| -> Result<f64> {
+            Ok(after.need(name, labels)? - before.get(name, labels).unwrap_or(0.0))
+        };
+        let of_guest = |what: &str| {
+            more(&format!("netback_path_{what}_total"), &[("vif", "1.0"), ("dir", "tx")])
+        };
+        let cleaned = |how| more("netback_uplink_cleaned_total", &[("how", how)]);
+        Ok(Self {
+            cpu: more("xen_domain_cpu_seconds_total", &[("domid", "0")])?,
+            packets: more("netback_uplink_sent_packets_total", &[])?,
+            hypercalls: of_guest("hypercalls")?,
+            copies: of_guest("copies")?,
+            maps: of_guest("maps")?,
+            unmaps: of_guest("unmaps")?,
+            flushed: cleaned("by_xen")?,
+            cleaned: cleaned("at_machine_address")?,
+        })
+    }
+
+    /// By name, for each packet.
+    fn each(&self) -> [(&'static str, f64); 6] {
+        [
+            ("grant_hypercalls", self.hypercalls),
+            ("copies", self.copies),
+            ("maps", self.maps),
+            ("unmaps", self.unmaps),
+            ("cache_flush_ops", self.flushed),
+            ("cleaned_at_machine_address", self.cleaned),
+        ]
+        .map(|(name, count)| (name, count / self.packets.max(1.0)))
+    }
+
+    fn note(&self, run: &mut Run, label: &str) {
+        run.figure(format!("{label}_dom0_cpu_s"), self.cpu);
+        run.figure(format!("{label}_packets"), self.packets);
+        for (name, value) in self.each() {
+            run.figure(format!("{label}_{name}_per_packet"), value);
+        }
+    }
+}
+
+impl fmt::Display for Cost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} s of dom0's time, {} packets, of each", self.cpu, self.packets)?;
+        for (name, value) in self.each() {
+            write!(f, " {value:.2} {name}")?;
+        }
+        Ok(())
+    }
 }
 
 fn began(run: &Run, guest: usize, name: &str, step: &str) -> Result<()> {
@@ -187,13 +262,16 @@ fn change(run: &mut Run, outside: &Outside) {
         run.check("both guests begin to send", Source::Dom(1), Err(error));
         return;
     }
+    let mut timeline = Timeline::default();
     for number in 1..=ROUNDS {
-        let made = round(run);
+        let made = round(run, &mut timeline);
         let name = format!("Xen withdraws the bit and restores it in mid-transfer: {number}");
         if !run.check(&name, Source::Dom(0), made) {
             break;
         }
     }
+    let made = drawn(run, &timeline);
+    run.check("what was sent meanwhile is drawn", Source::Dom(0), made);
     let made = run.good(1, "bgruns slow", 60).and_then(|_| {
         // It ends its pauses.
         run.step(1, "bgend slow", 200)?;
@@ -222,11 +300,13 @@ fn begin(run: &Run, outside: &Outside) -> Result<()> {
 }
 
 /// Without the bit everything goes by Copy; with it, by MapIdentity again.
-fn round(run: &Run) -> Result<String> {
+fn round(run: &Run, timeline: &mut Timeline) -> Result<String> {
+    watch(run, timeline, DWELL)?;
+    timeline.change(run.age().as_secs_f64(), false);
     let noticed = toggle(run, false)?;
-    std::thread::sleep(DRAIN);
+    watch(run, timeline, DRAIN)?;
     let before = used(run)?;
-    std::thread::sleep(DWELL);
+    watch(run, timeline, DWELL)?;
     let start = used(run)?;
     for path in [MAP_IDENTITY, MAP] {
         let mapped = start.taken(path) - before.taken(path);
@@ -236,14 +316,36 @@ fn round(run: &Run) -> Result<String> {
     let copied = start.taken(COPY) - before.taken(COPY);
     ensure!(copied.bytes > 0.0, "nothing is sent without the bit");
     let since = run.age();
+    timeline.change(since.as_secs_f64(), true);
     toggle(run, true)?;
-    wait_for(run, RETURN, "MapIdentity to be used again", |now| start.grew(now, MAP_IDENTITY))?;
+    wait_for(run, RETURN, "MapIdentity to be used again", |now| {
+        timeline.sample(run.age().as_secs_f64(), now);
+        start.grew(now, MAP_IDENTITY)
+    })?;
     let seconds = (run.age() - since).as_secs_f64();
     Ok(format!(
         "noticed within {:.1} s, {:.1} MB by Copy meanwhile, used again after {seconds:.1} s",
         noticed.as_secs_f64(),
         copied.bytes / 1e6
     ))
+}
+
+/// Looks at what is sent for so long.
+fn watch(run: &Run, timeline: &mut Timeline, time: Duration) -> Result<()> {
+    let end = run.age() + time;
+    while run.age() < end {
+        let used = used(run)?;
+        timeline.sample(run.age().as_secs_f64(), &used);
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+fn drawn(run: &Run, timeline: &Timeline) -> Result<String> {
+    let summary = format!("Both guests send; {}, in QEMU", hypervisor::chosen());
+    let path = run.dir().join(PICTURE);
+    fs::write(&path, timeline.draw(&summary))?;
+    Ok(format!("it is in {}", paths::shown(&path)))
 }
 
 /// Has Xen withdraw the bit, or restore it, and waits until dom0 has noticed. Answers how long that took.
@@ -266,7 +368,7 @@ fn toggle(run: &Run, offered: bool) -> Result<Duration> {
 }
 
 /// Nothing was dropped on its way to the NIC, and what was found out late was copied.
-fn lost(run: &Run, before: &crate::metrics::Metrics) -> Result<String> {
+fn lost(run: &Run, before: &Metrics) -> Result<String> {
     let after = run.metrics(2, "change-lost")?;
     let more = |name: &str, labels: &[(&str, &str)]| {
         after.get(name, labels).unwrap_or(0.0) - before.get(name, labels).unwrap_or(0.0)
@@ -286,7 +388,7 @@ fn lost(run: &Run, before: &crate::metrics::Metrics) -> Result<String> {
 /// With the bit off, and no cache_flush, all is copied.
 fn copied(run: &mut Run, outside: &Outside) {
     if toggled(run, false) {
-        send_by(run, outside, "without the bit and cache_flush", "identity_off_mbit", COPY);
+        send_by(run, outside, "without the bit and cache_flush", "off", COPY);
     }
     toggled(run, true);
 }
@@ -370,9 +472,9 @@ fn grants(run: &Run) -> Result<Grants> {
 
 /// With cache_flush there is a better way than the identity mapping, and it does not hang on the bit.
 fn flushed(run: &mut Run, outside: &Outside) {
-    send_by(run, outside, "with the bit and cache_flush", "flush_mbit", MAP);
+    send_by(run, outside, "with the bit and cache_flush", "flush", MAP);
     if toggled(run, false) {
-        send_by(run, outside, "with cache_flush alone", "flush_off_mbit", MAP);
+        send_by(run, outside, "with cache_flush alone", "flush_off", MAP);
     }
 }
 

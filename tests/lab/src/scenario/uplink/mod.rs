@@ -4,6 +4,7 @@
 mod crash;
 mod frames;
 pub mod identity;
+mod timeline;
 mod ways;
 
 use anyhow::{Context as _, Result, ensure};
