@@ -10,7 +10,7 @@ use core::ops::Range;
 
 use aarch64_cpu::asm::barrier;
 use aarch64_cpu::registers::{
-    ID_AA64MMFR0_EL1, MAIR_EL1, ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, TTBR0_EL1, Writeable,
+    ID_AA64MMFR0_EL1, MAIR_EL1, ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, Writeable,
 };
 
 /// How a range may be used.
@@ -53,6 +53,22 @@ impl Use {
 
 #[repr(C, align(4096))]
 struct Table([u64; 512]);
+
+/// The tables of the boot code, which writes them before it uses them: they are never looked at here.
+#[repr(transparent)]
+pub struct First(UnsafeCell<[Table; 3]>);
+
+// SAFETY: nothing in Rust reads or writes it.
+unsafe impl Sync for First {}
+
+/// See [`First`].
+pub static FIRST: First = First(UnsafeCell::new([const { Table([0; 512]) }; 3]));
+
+/// What TCR_EL1 says of the boot code's tables, beside the size of addresses (IPS): the same as [`enable`] says of all others.
+pub const TRANSLATION: u64 = {
+    let (t0sz, inner, outer, shareable, no_ttbr1) = (16, 1 << 8, 1 << 10, 3 << 12, 1 << 23);
+    t0sz | inner | outer | shareable | no_ttbr1
+};
 
 /// Enough for the image, the interrupt controller, the windows, and memory in a dozen odd pieces.
 const TABLES: usize = 48;
@@ -156,10 +172,10 @@ pub fn address_bits() -> u32 {
     }
 }
 
-/// Turns translation and caches on.
+/// Turns to these tables, and caches on.
 ///
 /// # Safety
-/// They are off. The tables map all that is in use, at its own address; `image` is all that was written since boot.
+/// Caches are off, and everything is at its own address, as the boot code has it. The tables map all that is in use, at its own address; `image` is all that was written since boot.
 pub unsafe fn enable(tables: &Tables, image: &Range<u64>) {
     MAIR_EL1.write(
         MAIR_EL1::Attr0_Normal_Outer::WriteBack_NonTransient_ReadWriteAlloc
@@ -175,11 +191,11 @@ pub unsafe fn enable(tables: &Tables, image: &Range<u64>) {
             + TCR_EL1::EPD1::DisableTTBR1Walks
             + TCR_EL1::IPS.val(ID_AA64MMFR0_EL1.read(ID_AA64MMFR0_EL1::PARange).min(5)),
     );
-    TTBR0_EL1.set(tables.entry(0, 0).expose_provenance() as u64);
-    // SAFETY: while the MMU was off, writes went past the cache, in which lines from when Xen copied the image may
-    // still be: they are thrown away, and none of them is dirty, because Xen cleans what it copies. The loop itself
-    // writes no memory. 16 bytes is the smallest cache line there can be. After that nothing changes but that the
-    // same addresses are translated to themselves: the caller's promise.
+    // SAFETY: while caches were off, writes went past them, and lines from when Xen copied the image may still be there:
+    // they are thrown away, and none of them is dirty, because Xen cleans what it copies. That is done by the first tables,
+    // which let all be written. The loop itself writes no memory. 16 bytes is the smallest cache line there can be. After
+    // that nothing changes but that the same addresses are translated to themselves by other tables, in another address
+    // space: the caller's promise.
     unsafe {
         asm!(
             "2: dc ivac, {at}",
@@ -187,12 +203,15 @@ pub unsafe fn enable(tables: &Tables, image: &Range<u64>) {
             "cmp {at}, {end}",
             "b.lo 2b",
             "dsb sy",
+            "msr ttbr0_el1, {tables}",
+            "isb",
             "tlbi vmalle1",
             "ic iallu",
             "dsb sy",
             "isb",
             at = inout(reg) image.start => _,
             end = in(reg) image.end,
+            tables = in(reg) tables.entry(0, 0).expose_provenance() as u64,
             options(nostack),
         );
     }

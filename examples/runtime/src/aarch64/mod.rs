@@ -96,7 +96,7 @@ fn place(symbol: &u8) -> u64 {
     (&raw const *symbol).expose_provenance() as u64
 }
 
-/// Where the assembly goes, with interrupts masked, the image relocated, .bss cleared, a stack, and the MMU off.
+/// Where the assembly goes, with interrupts masked, the image relocated, .bss cleared, a stack, the MMU on and caches off.
 extern "C" fn start(tree: usize) -> ! {
     match boot(tree) {
         Ok(info) => runtime_main(HV, info),
@@ -140,7 +140,7 @@ fn boot(address: usize) -> Result<BootInfo, &'static str> {
         .and_then(|()| tables.map(&pages_of(&gic.redistributors), Use::Device))
         .and_then(|()| tables.map(&pages_of(&xen.grant_table), Use::Write))
         .ok_or("fewer pieces of memory to map")?;
-    // SAFETY: boot leaves the MMU off; the tables map the image, the device tree and all other memory. What was
+    // SAFETY: boot leaves the caches off; the tables map the image, the device tree and all other memory. What was
     // written since is in the image: its data, its stack and the tables.
     unsafe { mmu::enable(&tables, &image) };
     #[cfg(feature = "virtio-net")]
