@@ -25,7 +25,7 @@ use netif::keys::Features;
 use netif::offload::{Checksum, ETHERNET_HEADER, Gso, IpVersion};
 use smoltcp::phy::{self, DeviceCapabilities, Medium, PacketMeta};
 use smoltcp::time;
-use smoltcp::wire::{Ipv4Packet, TcpPacket, UdpPacket, checksum};
+use smoltcp::wire::{IPV4_HEADER_LEN, Ipv4Packet, TCP_HEADER_LEN, TcpPacket, UdpPacket, checksum};
 
 use crate::{Frontend, Meta};
 
@@ -141,9 +141,16 @@ impl<H: Hypervisor> phy::Device for NetDevice<H> {
         // Sums are made by whoever needs them, and seen to in `fetch`.
         capabilities.checksum.tcp = phy::Checksum::None;
         capabilities.checksum.udp = phy::Checksum::None;
-        capabilities.segmentation.tcpv4 = NonZeroUsize::new(MAX_FRAME);
+        capabilities.segmentation.tcpv4 = NonZeroUsize::new(whole_segments(mtu));
         capabilities
     }
+}
+
+/// Bytes of the longest frame that is made of full segments: then none in the midst of a stream is short.
+fn whole_segments(mtu: u16) -> usize {
+    let headers = usize::from(ETHERNET_HEADER) + IPV4_HEADER_LEN + TCP_HEADER_LEN;
+    let segment = usize::from(mtu) + usize::from(ETHERNET_HEADER) - headers;
+    MAX_FRAME - (MAX_FRAME - headers) % segment
 }
 
 /// A received frame. Dropped without being consumed, it is the next to be received again.

@@ -8,7 +8,7 @@ use hypercall::{Hypervisor, Instant};
 use netif::mac::MacAddr;
 use services::http::{self, Reply};
 use services::jobs::{Job, Jobs, at};
-use services::streams::{Digest, ECHO, Echo, SINK, SOURCE, Sink, Source};
+use services::streams::{Count, DISCARD, Digest, ECHO, Echo, SINK, SOURCE, Sink, Source};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::Device as _;
 use smoltcp::socket::dhcpv4;
@@ -37,6 +37,7 @@ pub struct Stack {
     sockets: SocketSet<'static>,
     dhcp: Option<SocketHandle>,
     http: http::Server,
+    discard: Sink<Count>,
     sink: Sink<Digest>,
     source: Source,
     echo: Echo,
@@ -70,6 +71,7 @@ impl Stack {
             gateway: options.gateway,
             dhcp,
             http: http::Server::new(&mut sockets, HTTP, REQUESTS),
+            discard: Sink::new(&mut sockets, DISCARD, STREAMS),
             sink: Sink::new(&mut sockets, SINK, STREAMS),
             source: Source::new(&mut sockets, SOURCE, STREAMS),
             echo: Echo::new(&mut sockets, ECHO, STREAMS),
@@ -187,8 +189,12 @@ impl Stack {
     }
 
     fn serve(&mut self, now: Instant, mut page: impl FnMut() -> String) -> bool {
-        let Self { interface, sockets, http, sink, source, echo, jobs, transfers, .. } = self;
-        let mut some = sink.serve(sockets, now, |digest, rate| {
+        let Self { interface, sockets, http, discard, sink, source, echo, jobs, transfers, .. } =
+            self;
+        let mut some = discard.serve(sockets, now, |count, rate| {
+            transfers.add(format!("discard {count} mbit={rate}"));
+        });
+        some |= sink.serve(sockets, now, |digest, rate| {
             transfers.add(format!("sink {digest} mbit={rate}"));
         });
         some |= source.serve(sockets, now, |digest, rate, whole| {

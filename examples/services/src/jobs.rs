@@ -32,6 +32,8 @@ const PORTS: u16 = 49152;
 pub enum Kind {
     /// Send to the other's sink.
     Sink,
+    /// Send what nobody looks at: what moves then is bounded by the network alone.
+    Discard,
     /// Ask the other's source.
     Source,
     /// Send to the other's echo, and take what comes back.
@@ -41,8 +43,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, &'static str); 4] = [
+    const ALL: [(Self, &'static str); 5] = [
         (Self::Sink, "sink"),
+        (Self::Discard, "discard"),
         (Self::Source, "source"),
         (Self::Echo, "echo"),
         (Self::Ping, "ping"),
@@ -73,7 +76,9 @@ pub struct NoJob;
 
 impl fmt::Display for NoJob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a job is sink:ADDRESS:BYTES, source:…, echo:… or ping:ADDRESS:COUNT")
+        f.write_str(
+            "a job is sink:ADDRESS:BYTES, source:…, echo:…, discard:… or ping:ADDRESS:COUNT",
+        )
     }
 }
 
@@ -195,7 +200,7 @@ mod tests {
     use super::*;
     use crate::generator::Generator;
     use crate::host::{ADDRESS, Host};
-    use crate::streams::{Digest, ECHO, Echo, SINK, SOURCE, Sink, Source};
+    use crate::streams::{Count, DISCARD, Digest, ECHO, Echo, SINK, SOURCE, Sink, Source};
 
     #[test]
     fn jobs_are_read() {
@@ -214,6 +219,7 @@ mod tests {
     fn run(jobs: &[&str], servers: bool) -> Vec<String> {
         let mut host = Host::new();
         let mut sink = Sink::<Digest>::new(&mut host.sockets, SINK, 2);
+        let mut discard = Sink::<Count>::new(&mut host.sockets, DISCARD, 2);
         let mut source = Source::new(&mut host.sockets, SOURCE, 2);
         let mut echo = Echo::new(&mut host.sockets, ECHO, 2);
         let mut work = Jobs::new(0);
@@ -227,6 +233,7 @@ mod tests {
             let Host { device, interface, sockets, .. } = &mut host;
             if servers {
                 sink.serve(sockets, now, |_, _| ());
+                discard.serve(sockets, now, |_, _| ());
                 source.serve(sockets, now, |_, _, _| ());
                 echo.serve(sockets, now, |_| ());
             }
@@ -258,6 +265,18 @@ mod tests {
             );
             assert!(line.starts_with(&start), "{line}");
         }
+    }
+
+    #[test]
+    fn what_is_discarded_is_counted() {
+        let lines = run(&[&format!("discard:{ADDRESS}:300000")], true);
+        let [line] = lines.as_slice() else { panic!("{lines:?}") };
+        assert!(
+            line.starts_with(&format!("client: discard {ADDRESS} bytes=300000 mbit=")),
+            "{line}"
+        );
+        let lines = run(&[&format!("discard:{ADDRESS}:0")], true);
+        assert_eq!(lines, [format!("client: discard {ADDRESS} bytes=0 mbit=0.0")]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Servers of TCP streams: one takes them, one makes them, one sends them back.
+//! Servers of TCP streams: one takes them, one makes them, one sends them back, one only counts them.
 
 mod echo;
 mod sink;
@@ -14,7 +14,9 @@ pub use echo::Echo;
 pub use sink::{Judge, Sink};
 pub use source::Source;
 
-/// The ports of the three.
+/// What comes is counted, and its end is answered with how much it was.
+pub const DISCARD: u16 = 9;
+/// What comes is summed up, and its end is answered with the sum.
 pub const SINK: u16 = 5001;
 /// One line, `N SEED`, is answered by N bytes of a [`Generator`](crate::generator::Generator).
 pub const SOURCE: u16 = 5002;
@@ -24,6 +26,9 @@ pub const ECHO: u16 = 5003;
 /// Bytes of a buffer for a stream: as many as a window can say without a scale. A scaled window is rounded down, and so its
 /// right edge moves back at times, upon which smoltcp 0.14 drops bytes that it had room for.
 pub(crate) const BUFFER: usize = 65_535;
+/// Bytes of a buffer where it is known that all but a stream's end comes in multiples of four: 256 KiB, as much as lets both
+/// ends and whatever is between them work at once, and a multiple of a packet of 44 segments.
+pub(crate) const WIDE: usize = 4 * 44 * 1460;
 /// Bytes of the other way's buffer, where a line is all that goes there.
 pub(crate) const LINE: usize = 256;
 
@@ -44,6 +49,28 @@ fn listen(socket: &mut tcp::Socket<'_>, port: u16) -> bool {
         log::error!("cannot serve port {port}: {error:?}");
     }
     over
+}
+
+/// How much has gone by.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Count(u64);
+
+impl Judge for Count {
+    const BUFFER: usize = WIDE;
+
+    fn take(&mut self, bytes: &[u8]) {
+        self.0 += bytes.len() as u64;
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bytes={}", self.0)
+    }
 }
 
 /// What has gone by: how much, and its SHA-256.

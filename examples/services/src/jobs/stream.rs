@@ -10,7 +10,7 @@ use smoltcp::socket::tcp;
 
 use super::{Job, Kind};
 use crate::generator::Generator;
-use crate::streams::{self, BUFFER, Digest, LINE, Rate};
+use crate::streams::{self, BUFFER, Digest, LINE, Rate, WIDE};
 
 /// Nanoseconds without any progress after which a job is given up: longer than a domain is away while it is saved and restored.
 const PATIENCE: u64 = 120_000_000_000;
@@ -42,6 +42,7 @@ impl Stream {
     ) -> Result<Self, String> {
         let (port, receive, send) = match job.kind {
             Kind::Sink => (streams::SINK, LINE, BUFFER),
+            Kind::Discard => (streams::DISCARD, LINE, WIDE),
             Kind::Source => (streams::SOURCE, BUFFER, LINE),
             Kind::Echo | Kind::Ping => (streams::ECHO, BUFFER, BUFFER),
         };
@@ -112,12 +113,15 @@ impl Stream {
             return sent > 0;
         }
         while self.unsent > 0 && socket.can_send() {
-            let Self { generator, unsent, sent, .. } = self;
+            let Self { kind, generator, unsent, sent, .. } = self;
             let gone = socket.send(|room| {
                 let len = usize::try_from(*unsent).unwrap_or(usize::MAX).min(room.len());
                 let (bytes, _) = room.split_at_mut(len);
-                generator.fill(bytes);
-                sent.add(bytes);
+                // What nobody looks at may be what is left there.
+                if *kind != Kind::Discard {
+                    generator.fill(bytes);
+                    sent.add(bytes);
+                }
                 *unsent -= len as u64;
                 (len, ())
             });
@@ -138,7 +142,7 @@ impl Stream {
         while socket.can_recv() {
             let Self { kind, got, line, .. } = self;
             let taken = socket.recv(|bytes| {
-                if *kind == Kind::Sink {
+                if matches!(kind, Kind::Sink | Kind::Discard) {
                     let room = LINE.saturating_sub(line.len());
                     line.extend_from_slice(bytes.get(..room).unwrap_or(bytes));
                 } else {
@@ -154,14 +158,22 @@ impl Stream {
         some
     }
 
+    /// A word of what the other end has answered.
+    fn said(&self, name: &str) -> &str {
+        let answer = core::str::from_utf8(&self.line).unwrap_or_default();
+        let mut words = answer.split_ascii_whitespace();
+        words.find_map(|word| word.strip_prefix(name)).unwrap_or("none")
+    }
+
     fn result(&mut self, now: Instant) -> String {
+        let nanos = self.since.map_or(0, |since| now.since(since));
         let (bytes, own, peer) = match self.kind {
-            Kind::Sink => {
-                let answer = core::str::from_utf8(&self.line).unwrap_or_default();
-                let mut words = answer.split_ascii_whitespace();
-                let said = words.find_map(|word| word.strip_prefix("sha256="));
-                (self.sent.bytes(), self.sent.sum(), said.unwrap_or("none").to_string())
+            Kind::Discard => {
+                let said = self.said("bytes=");
+                let rate = Rate { bytes: said.parse().unwrap_or(0), nanos };
+                return format!("bytes={said} mbit={rate}");
             }
+            Kind::Sink => (self.sent.bytes(), self.sent.sum(), self.said("sha256=").to_string()),
             Kind::Source => {
                 // What the seed gives, as much of it as came.
                 let mut ought = Digest::default();
@@ -179,7 +191,6 @@ impl Stream {
                 (self.got.bytes(), self.sent.sum(), self.got.sum().to_string())
             }
         };
-        let nanos = self.since.map_or(0, |since| now.since(since));
         let rate = Rate { bytes, nanos };
         format!("bytes={bytes} sha256={own} peer_sha256={peer} mbit={rate}")
     }

@@ -12,6 +12,9 @@ use super::{BUFFER, LINE, Rate, listen, socket};
 
 /// What makes something of a stream. What it says in the end ([`Display`](fmt::Display)) is the answer.
 pub trait Judge: Default + fmt::Display {
+    /// Bytes that may have come before it sees them.
+    const BUFFER: usize = BUFFER;
+
     /// Takes the next bytes.
     fn take(&mut self, bytes: &[u8]);
 
@@ -38,7 +41,7 @@ impl<J: Judge> Sink<J> {
     #[must_use]
     pub fn new(sockets: &mut SocketSet<'static>, port: u16, streams: usize) -> Self {
         let stream = |_| Stream {
-            socket: sockets.add(socket(BUFFER, LINE)),
+            socket: sockets.add(socket(J::BUFFER, LINE)),
             judge: J::default(),
             since: None,
             answered: false,
