@@ -163,7 +163,7 @@ impl Source {
         Ok(tree)
     }
 
-    /// Linux as dom0 that starts guests with xl, and the Linux guests.
+    /// Linux as dom0 that starts guests with xl, the Linux guests, and Linux as a driver domain.
     fn xl(&self) -> Result<Tree> {
         let programs = ["xenstored", "xen-init-dom0", "xenconsoled", "xl", "libxl-save-helper"];
         let mut tree = self.toolstack(&programs, &[])?;
@@ -177,6 +177,16 @@ impl Source {
             tree.file(&format!("lab/{name}"), *text, true);
         }
         tree.file("guest/initramfs", self.guest()?.archive()?, false);
+        tree.file("guest/driver", self.driver()?.archive()?, false);
+        Ok(tree)
+    }
+
+    /// Linux as a driver domain.
+    fn driver(&self) -> Result<Tree> {
+        let mut tree = self.common(&["xen-netback", "bridge", "xenfs"])?;
+        self.program(&mut tree, "usr/bin/xenstore-watch")?;
+        tree.file("init", include_str!("../guest/xl/driver"), true);
+        tree.file("etc/xen/scripts/vif-bridge", include_str!("../guest/xl/vif-bridge"), true);
         Ok(tree)
     }
 

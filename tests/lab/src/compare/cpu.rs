@@ -19,6 +19,8 @@ pub struct Cpu {
     pub used: [f64; DOMAINS],
     /// By the clock of whoever asked.
     pub elapsed: f64,
+    /// Hypercalls that moved packets or notified guests, where the backend counts them: what served several vifs counts for each.
+    pub calls: Option<f64>,
 }
 
 impl Cpu {
@@ -31,7 +33,7 @@ impl Cpu {
     /// Made of all their values in order.
     fn by(mut value: impl FnMut(usize) -> f64) -> Self {
         let elapsed = value(DOMAINS);
-        Self { used: std::array::from_fn(value), elapsed }
+        Self { used: std::array::from_fn(value), elapsed, calls: None }
     }
 
     fn value(&self, place: usize) -> f64 {
@@ -43,14 +45,15 @@ impl Sub for Cpu {
     type Output = Self;
 
     fn sub(self, other: Self) -> Self {
-        Self::by(|place| self.value(place) - other.value(place))
+        let calls = self.calls.map(|calls| calls - other.calls.unwrap_or(0.0));
+        Self { calls, ..Self::by(|place| self.value(place) - other.value(place)) }
     }
 }
 
 /// Who asks Xen.
 pub enum Asked {
-    /// This project's dom0, which is the backend of guests 1 and 2.
-    Ours,
+    /// This project's dom0, which is the backend of guests 1 and 2, and by a domain with Linux.
+    Ours(usize),
     /// Linux as dom0, for the backend and the guests by their numbers.
     Linux([u32; DOMAINS]),
 }
@@ -90,23 +93,26 @@ impl Meter {
     }
 
     fn read(&self, run: &Run) -> Result<Cpu> {
-        let (used, elapsed) = match self.asked {
-            Asked::Ours => {
+        let (used, elapsed, calls) = match self.asked {
+            Asked::Ours(by) => {
                 self.readings.set(self.readings.get() + 1);
-                let metrics = run.metrics(1, &format!("{:02}", self.readings.get()))?;
+                let metrics = run.metrics(by, &format!("{:02}", self.readings.get()))?;
                 let of = |domain: usize| {
                     let labels = [("domid", &*domain.to_string())];
                     metrics.need("xen_domain_cpu_seconds_total", &labels)
                 };
-                ([of(0)?, of(1)?, of(2)?], metrics.need("dom0_uptime_seconds", &[])?)
+                let counted = ["netback_path_hypercalls_total", "netback_notifications_total"];
+                let calls = counted.into_iter().filter_map(|name| metrics.get(name, &[])).sum();
+                let elapsed = metrics.need("dom0_uptime_seconds", &[])?;
+                ([of(0)?, of(1)?, of(2)?], elapsed, Some(calls))
             }
             Asked::Linux([backend, one, two]) => {
                 let answer = run.good(0, &format!("cputime {backend} {one} {two}"), 60)?;
                 let of = |number| answer.number(&format!("cpu{number}"));
-                ([of(backend)?, of(one)?, of(two)?], answer.number("now")?)
+                ([of(backend)?, of(one)?, of(two)?], answer.number("now")?, None)
             }
         };
-        Ok(Cpu { used, elapsed })
+        Ok(Cpu { used, elapsed, calls })
     }
 
     /// What something takes, without the cost of the reading.
@@ -123,9 +129,9 @@ mod tests {
 
     #[test]
     fn what_was_used_is_a_difference_of_each() {
-        let before = Cpu { used: [1.0, 2.0, 3.0], elapsed: 10.0 };
-        let after = Cpu { used: [1.5, 3.0, 7.0], elapsed: 12.0 };
-        let used = Cpu { used: [0.5, 1.0, 4.0], elapsed: 2.0 };
+        let before = Cpu { used: [1.0, 2.0, 3.0], elapsed: 10.0, calls: Some(5.0) };
+        let after = Cpu { used: [1.5, 3.0, 7.0], elapsed: 12.0, calls: Some(8.0) };
+        let used = Cpu { used: [0.5, 1.0, 4.0], elapsed: 2.0, calls: Some(3.0) };
         assert_eq!(after - before, used);
         assert_eq!((used.backend(), used.value(2), used.value(DOMAINS)), (0.5, 4.0, 2.0));
     }

@@ -23,12 +23,17 @@ use crate::world::World;
 /// What machines are made of.
 pub struct Made {
     images: Images,
-    dom0: PathBuf,
+    /// This project's.
+    pub dom0: PathBuf,
     guest: PathBuf,
     /// What is beyond a NIC.
     pub world: World,
 }
 
+/// Word for a guest with Linux that needs no files.
+pub const BARE: &str = "lab=bare";
+/// Beside two guests of this project, one with Linux.
+pub const ASKS: usize = 3;
 /// Memory of a guest of this project, in MiB.
 const GUEST_MEMORY: u32 = 32;
 /// Pings that each of two guests sends the other from its start on, of which every one that is not answered takes a second.
@@ -44,34 +49,47 @@ impl Made {
         })
     }
 
-    /// Two Linux guests, and what is between them.
-    pub fn guests(&self, side: Side) -> Board<'_> {
+    fn plan(&self, side: Side, words: &str) -> Board<'_> {
         match side {
-            Side::Ours => dom0::plan(&self.images, &self.dom0, ""),
-            Side::Linux => linux::plan(&self.images, ""),
+            Side::Ours => dom0::plan(&self.images, &self.dom0, words),
+            Side::Linux => linux::plan(&self.images, words),
         }
     }
 
-    /// The same with a NIC.
+    /// Two Linux guests, and what is between them.
+    pub fn guests(&self, side: Side) -> Board<'_> {
+        self.plan(side, BARE)
+    }
+
+    /// Two that have their files, and a NIC.
     fn uplink(&self, side: Side) -> Board<'_> {
-        Board { uplink: Some(Nic::default()), ..self.guests(side) }
+        Board { uplink: Some(Nic::default()), ..self.plan(side, "") }
+    }
+
+    /// A guest of this project.
+    fn guest(&self, number: usize, words: &str) -> Domain<'_> {
+        Domain {
+            kernel: &self.guest,
+            initramfs: None,
+            arguments: format!("name=guest{number} ip=10.9.0.1{number}/24 {words}"),
+            memory: GUEST_MEMORY,
+            vcpus: 1,
+        }
     }
 
     /// Two guests of this project, which are there long before any dom0 and ping one another.
     fn waiting(&self, side: Side) -> Board<'_> {
         let guest = |number: usize| {
-            let peer = 3 - number;
-            Domain {
-                kernel: &self.guest,
-                initramfs: None,
-                arguments: format!(
-                    "name=guest{number} ip=10.9.0.1{number}/24 client=ping:10.9.0.1{peer}:{TRIES}"
-                ),
-                memory: GUEST_MEMORY,
-                vcpus: 1,
-            }
+            self.guest(number, &format!("client=ping:10.9.0.1{}:{TRIES}", 3 - number))
         };
         Board { guests: vec![guest(1), guest(2)], ..self.guests(side) }
+    }
+
+    /// Two guests of this project, and one with Linux to ask them and this project's dom0; Linux as dom0 asks by itself.
+    fn ours(&self, side: Side) -> Board<'_> {
+        let guests = [1, 2].map(|number| self.guest(number, ""));
+        let asks = (side == Side::Ours).then(|| Domain::linux(&self.images, ASKS, BARE));
+        Board { guests: guests.into_iter().chain(asks).collect(), ..self.guests(side) }
     }
 
     /// Whether everybody is there.
@@ -121,7 +139,13 @@ const PARTS: &[Part] = &[
         board: Made::uplink,
         act: |run, made, side, _| measure::uplink(run, made, side),
     },
+    Part { name: "ours", board: Made::ours, act: measure::ours },
 ];
+
+/// The names of the parts.
+pub fn parts() -> Vec<&'static str> {
+    PARTS.iter().map(|part| part.name).collect()
+}
 
 /// All turns.
 pub fn compare(options: &Options, report: &mut Report) -> Result<Tally> {
@@ -129,7 +153,7 @@ pub fn compare(options: &Options, report: &mut Report) -> Result<Tally> {
     let mut tally = Tally::default();
     for number in 1..=options.runs() {
         let mut samples = Side::BOTH.map(|side| (side, Sample::new()));
-        for part in PARTS {
+        for part in PARTS.iter().filter(|part| options.takes(part.name)) {
             for (side, sample) in &mut samples {
                 println!(
                     "aarch64, turn {number} of {}, {}: {}",

@@ -1,28 +1,32 @@
-//! On x86_64, the same Linux guests under xl are served in turn by this project's driver domain and by Linux's backend in dom0, in
-//! one boot.
+//! On x86_64, the same Linux guests under xl are served in turn by this project's driver domain and by one with Linux, xen-netback
+//! and a bridge, in one boot.
 
 use anyhow::{Context as _, Result};
 
 use super::cpu::Asked;
+use super::dom0::BARE;
 use super::figures::Side;
 use super::measure;
 use super::report::Report;
 use super::{Options, PATIENCE};
 use crate::console::Source;
 use crate::run::{Run, Tally};
-use crate::scenario::x86::{Made, connected, created, dom0_up, linux_ready, reached, reattach};
+use crate::scenario::x86::{Made, connected, created, dom0_up, reached, reattach};
 
 /// The guests and their kinds: as on aarch64, the first has its peer in the second.
 const GUESTS: [(usize, &str); 2] = [(1, "pvh"), (2, "pv")];
-/// Our driver domain.
-const DRIVER: usize = 4;
 
-/// A backend as xl has it.
-fn backend(side: Side) -> String {
+/// A side's driver domain, and its kind.
+fn driver(side: Side) -> (usize, &'static str) {
     match side {
-        Side::Ours => format!("dom{DRIVER}"),
-        Side::Linux => "0".to_owned(),
+        Side::Ours => (4, "driver"),
+        Side::Linux => (5, "linux-driver"),
     }
+}
+
+/// The same as xl has it.
+fn backend(side: Side) -> String {
+    format!("dom{}", driver(side).0)
 }
 
 /// All turns.
@@ -51,10 +55,13 @@ pub fn compare(options: &Options, report: &mut Report) -> Result<Tally> {
 fn up(run: &mut Run) -> bool {
     let ours = backend(Side::Ours);
     dom0_up(run)
-        && created(run, DRIVER, "driver", "none", "")
-        && GUESTS.iter().all(|(domain, kind)| created(run, *domain, kind, &ours, ""))
+        && Side::BOTH.into_iter().all(|side| {
+            let (domain, kind) = driver(side);
+            created(run, domain, kind, "none", "")
+        })
+        && GUESTS.iter().all(|(domain, kind)| created(run, *domain, kind, &ours, BARE))
         && GUESTS.iter().all(|(domain, _)| {
-            let made = linux_ready(run, *domain);
+            let made = run.good(*domain, "up", 170).map(|answer| answer.text());
             run.check(&format!("dom{domain} has its interface"), Source::Dom(*domain), made)
         })
 }
@@ -75,13 +82,7 @@ fn numbers(run: &mut Run, side: Side) -> Option<[u32; 3]> {
         let answer = run.good(0, &format!("xl domid dom{domain}"), 60)?;
         answer.text().trim().parse().with_context(|| answer.text())
     };
-    let made = (|| {
-        let backend = match side {
-            Side::Ours => number(run, DRIVER)?,
-            Side::Linux => 0,
-        };
-        Ok([backend, number(run, 1)?, number(run, 2)?])
-    })();
+    let made = (|| Ok([number(run, driver(side).0)?, number(run, 1)?, number(run, 2)?]))();
     match made {
         Ok(numbers) => Some(numbers),
         Err(error) => {

@@ -77,6 +77,7 @@ impl Figure {
 pub const ALL: &[Figure] = &[
     more("tcp_1_to_2_mbit", "TCP, guest 1 to guest 2", "Mbit/s").wanted(1.6),
     more("tcp_2_to_1_mbit", "TCP, guest 2 to guest 1", "Mbit/s").wanted(1.6),
+    more("ours_tcp_mbit", "TCP, our guest to our guest", "Mbit/s"),
     more("udp_64_pps", "UDP of 64 bytes, delivered", "packets/s").wanted(2.0),
     more("udp_512_pps", "UDP of 512 bytes, delivered", "packets/s"),
     more("udp_1472_pps", "UDP of 1,472 bytes, delivered", "packets/s"),
@@ -84,6 +85,7 @@ pub const ALL: &[Figure] = &[
     less("ping_p90_ms", "ping, 90 % within", "ms"),
     less("ping_p99_ms", "ping, 99 % within", "ms"),
     less("cpu_tcp_s_per_gb", "the backend's CPU per GB of TCP", "s").wanted(6.0),
+    less("cpu_ours_tcp_s_per_gb", "the backend's CPU per GB between our guests", "s"),
     less("cpu_udp_64_s_per_million", "the backend's CPU per million of 64 bytes", "s").wanted(8.0),
     less("cpu_udp_512_s_per_million", "the backend's CPU per million of 512 bytes", "s"),
     less("cpu_udp_1472_s_per_million", "the backend's CPU per million of 1,472 bytes", "s"),
@@ -99,12 +101,17 @@ pub const ALL: &[Figure] = &[
     note("busy_tcp_backend", "the backend under TCP", "% of a CPU"),
     note("busy_tcp_guest1", "guest 1 under TCP", "% of a CPU"),
     note("busy_tcp_guest2", "guest 2 under TCP", "% of a CPU"),
+    note("busy_ours_tcp_backend", "the backend under TCP between our guests", "% of a CPU"),
+    note("busy_ours_tcp_guest1", "our guest 1, sending it", "% of a CPU"),
+    note("busy_ours_tcp_guest2", "our guest 2, receiving it", "% of a CPU"),
     note("busy_udp_64_backend", "the backend under UDP of 64 bytes", "% of a CPU"),
     note("busy_udp_64_guest1", "guest 1, sending it", "% of a CPU"),
     note("busy_udp_64_guest2", "guest 2, receiving it", "% of a CPU"),
     note("udp_64_sent_pps", "UDP of 64 bytes, sent", "packets/s"),
     note("udp_512_sent_pps", "UDP of 512 bytes, sent", "packets/s"),
     note("udp_1472_sent_pps", "UDP of 1,472 bytes, sent", "packets/s"),
+    note("calls_udp_64", "hypercalls of the backend for each of 64 bytes", "at most"),
+    note("calls_udp_1472", "hypercalls of the backend for each of 1,472 bytes", "at most"),
     note("cpu_reading_s", "the backend's CPU for being asked for it", "s"),
 ];
 

@@ -1,16 +1,19 @@
 //! What is done in a turn of a side, the same for both.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 
 use super::cpu::{Asked, Cpu, Meter};
-use super::dom0::{Made, image_bytes};
+use super::dom0::{ASKS, Made, image_bytes};
 use super::figures::Side;
 use super::iperf::{self, Arrived};
 use super::stats::percentile;
 use crate::console::Source;
 use crate::machine::aarch64::Domain;
 use crate::run::Run;
-use crate::scenario::traffic::files_ready;
+use crate::scenario::dom0;
+use crate::scenario::traffic::{self, files_ready};
 use crate::scenario::transfer::FILE;
 use crate::world::World;
 
@@ -23,12 +26,16 @@ pub struct Effort {
     pub udp: u32,
     /// Pings.
     pub pings: u32,
+    /// Bytes from a guest of this project to another.
+    pub stream: u64,
     /// Seconds of nothing.
     pub idle: u32,
 }
 
 /// Payloads of datagrams.
 const SIZES: [u32; 3] = [64, 512, 1472];
+/// How long a stream between guests of this project may take.
+const STREAM: Duration = Duration::from_secs(600);
 /// What a step may take beside its own time.
 const MORE: u64 = 40;
 
@@ -40,14 +47,13 @@ pub fn guests(run: &mut Run, made: &Made, side: Side, effort: Effort) {
     if !made.up(run, side) {
         return;
     }
-    files_ready(run);
     memory(run, &made.guests(side).dom0, side);
     traffic(run, asked(side), effort);
 }
 
 fn asked(side: Side) -> Asked {
     match side {
-        Side::Ours => Asked::Ours,
+        Side::Ours => Asked::Ours(1),
         Side::Linux => Asked::Linux([0, 1, 2]),
     }
 }
@@ -61,6 +67,60 @@ pub fn traffic(run: &mut Run, asked: Asked, effort: Effort) {
     for size in SIZES {
         udp(run, &meter, size, effort.udp);
     }
+}
+
+/// Traffic between two guests of this project.
+pub fn ours(run: &mut Run, made: &Made, side: Side, effort: Effort) {
+    let (by, asked) = match side {
+        Side::Ours => (ASKS, Asked::Ours(ASKS)),
+        Side::Linux => (0, asked(side)),
+    };
+    let up = match side {
+        Side::Ours => dom0::ready(run, &made.dom0) && traffic::guest_ready(run, ASKS, 90),
+        Side::Linux => {
+            let made = run.expect(Source::Dom(0), 300, "dom0: ready", |l| {
+                l.text.contains("dom0: ready").then(|| l.text.clone())
+            });
+            run.check("dom0 is up", Source::Dom(0), made)
+        }
+    };
+    if !(up && [1, 2].into_iter().all(|guest| guest_ready(run, guest))) {
+        return;
+    }
+    let Some(meter) = meter(run, asked) else { return };
+    let made = meter.around(run, || discarded(run, by, effort.stream)).map(|(rate, cpu)| {
+        let bytes = effort.stream as f64;
+        let mut figures = vec![
+            ("ours_tcp_mbit".to_owned(), rate),
+            ("cpu_ours_tcp_s_per_gb".to_owned(), cpu.backend() / (bytes / GB)),
+        ];
+        figures.extend(busy("ours_tcp", [cpu].into_iter()));
+        figures
+    });
+    keep(run, "TCP from our guest 1 to our guest 2", made);
+}
+
+fn guest_ready(run: &mut Run, guest: usize) -> bool {
+    let made = run.expect(Source::Dom(guest), 60, "\"guest: ready\"", |l| {
+        l.text.contains("guest: ready").then(|| l.text.clone())
+    });
+    run.check(&format!("our guest {guest} is ready"), Source::Dom(guest), made)
+}
+
+/// Has our guest 1 send to our guest 2, which counts what comes; Mbit/s.
+fn discarded(run: &Run, by: usize, bytes: u64) -> Result<f64> {
+    let console = &run.machine.console;
+    let mark = console.mark(Source::Dom(1));
+    run.good(by, &format!("get 4:11 80 /run?discard:10.9.0.12:{bytes}"), MORE)?;
+    // From the console, as asking for it would take processor time.
+    let line = console
+        .wait(Source::Dom(1), mark, STREAM, |l| {
+            l.text.contains("client: discard ").then(|| l.text.clone())
+        })
+        .context("it does not end")?;
+    let word = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name));
+    ensure!(word("bytes=") == Some(&bytes.to_string()), "{line}");
+    word("mbit=").and_then(|rate| rate.parse().ok()).with_context(|| line.clone())
 }
 
 /// Traffic between a Linux guest and servers outside.
@@ -189,6 +249,7 @@ fn udp(run: &mut Run, meter: &Meter, size: u32, seconds: u32) {
             (format!("cpu_udp_{size}_s_per_million"), cpu.backend() / (delivered / MILLION)),
         ];
         figures.extend(busy(&format!("udp_{size}"), [cpu].into_iter()));
+        figures.extend(cpu.calls.map(|calls| (format!("calls_udp_{size}"), calls / delivered)));
         Ok(figures)
     });
     keep(run, &format!("UDP of {size} bytes from guest 1 to guest 2"), made);
@@ -279,7 +340,7 @@ mod tests {
 
     #[test]
     fn costs_are_of_both_ways_together() {
-        let cpu = |used| Cpu { used, elapsed: 12.5 };
+        let cpu = |used| Cpu { used, elapsed: 12.5, calls: None };
         let one = Arrived { seconds: 10.0, bytes: 1.5e9, datagrams: None };
         let other = Arrived { seconds: 10.0, bytes: 0.5e9, datagrams: None };
         let made = costs(&[(one, cpu([3.0, 8.0, 9.0])), (other, cpu([1.0, 8.0, 9.0]))]);

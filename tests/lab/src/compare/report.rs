@@ -1,4 +1,4 @@
-//! What came of it, in compare.json and compare.svg while it goes on, and as tables in the end.
+//! What came of it, in compare.json, compare.svg and compare.md while it goes on, and as tables in the end.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::chart;
 use super::figures::{Better, Row, Sample, Side, rows};
 use super::stats::Spread;
-use super::table::table;
+use super::table::{markdown, table};
 use crate::paths;
 
 /// What was compared on one machine.
@@ -52,6 +52,7 @@ impl Report {
         fs::write(dir.join("compare.json"), text + "\n")?;
         let sections: Vec<_> = self.sections.iter().map(|one| (one.title, one.rows())).collect();
         fs::write(dir.join("compare.svg"), chart::draw(&sections, &self.conditions))?;
+        fs::write(dir.join("compare.md"), self.page())?;
         Ok(())
     }
 
@@ -62,6 +63,14 @@ impl Report {
             .iter()
             .map(|section| format!("\n{}\n{}", section.title, table(&section.rows())));
         format!("\n{}\n{}", self.conditions, tables.collect::<String>())
+    }
+
+    fn page(&self) -> String {
+        let tables = self
+            .sections
+            .iter()
+            .map(|section| format!("\n{}:\n\n{}", section.title, markdown(&section.rows())));
+        format!("{}.\n{}", self.conditions, tables.collect::<String>())
     }
 
     fn json(&self) -> Value {

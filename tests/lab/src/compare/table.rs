@@ -44,9 +44,18 @@ fn cells(row: &Row) -> [String; 5] {
     ]
 }
 
+const HEAD: [&str; 5] = ["", "ours", "Linux", "times better", "at least"];
+
+/// The same for a page of text, in Markdown.
+pub fn markdown(rows: &[Row]) -> String {
+    let line = |cells: [String; 5]| format!("| {} |\n", cells.join(" | "));
+    let head = line(HEAD.map(str::to_owned)) + &line(["---"; 5].map(str::to_owned));
+    head + &rows.iter().map(|row| line(cells(row))).collect::<String>()
+}
+
 /// The whole table; medians, with the range of the turns where they differ.
 pub fn table(rows: &[Row]) -> String {
-    let head = ["", "ours", "Linux", "times better", "at least"].map(str::to_owned);
+    let head = HEAD.map(str::to_owned);
     let lines: Vec<_> = std::iter::once(head).chain(rows.iter().map(cells)).collect();
     let mut widths = [0; 5];
     for line in &lines {
@@ -87,5 +96,8 @@ mod tests {
         let expected = "UDP of 64 bytes, delivered, packets/s 29000 (28000 to 30000) 15000 (10000 to \
                         20000) 1.93 (1.40 to 3.00) 2 missed";
         assert_eq!(words.join(" "), expected);
+        let line = "| UDP of 64 bytes, delivered, packets/s | 29000 (28000 to 30000) | 15000 (10000 to \
+                    20000) | 1.93 (1.40 to 3.00) | 2 missed |\n";
+        assert!(markdown(&rows(&turns, true)).ends_with(line));
     }
 }

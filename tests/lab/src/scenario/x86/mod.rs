@@ -54,6 +54,7 @@ fn name(kind: &str, domain: usize) -> String {
     match kind {
         "pv" | "pvh" => format!("Linux {} (dom{domain})", kind.to_uppercase()),
         "guest" => format!("our guest (dom{domain})"),
+        "linux-driver" => format!("Linux as a driver domain (dom{domain})"),
         _ => format!("our driver domain (dom{domain})"),
     }
 }
@@ -64,7 +65,7 @@ fn create(run: &Run, domain: usize, kind: &str, backend: &str, words: &str) -> R
     let started = run.age();
     run.good(0, &format!("domain {domain} {kind} {backend} {words}"), 170)?;
     let said = match kind {
-        "pv" | "pvh" => "L 0 ready",
+        "pv" | "pvh" | "linux-driver" => "L 0 ready",
         "guest" => "guest: ready",
         _ => "driver-domain: ready",
     };
