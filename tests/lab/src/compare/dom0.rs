@@ -167,7 +167,15 @@ pub fn compare(options: &Options, report: &mut Report) -> Result<Tally> {
                 sample.extend(figures);
             }
         }
-        for (side, sample) in samples {
+        for (side, mut sample) in samples {
+            // Both ends and what is between them, all of one kind.
+            let alike = match side {
+                Side::Ours => "ours_tcp_mbit",
+                Side::Linux => "tcp_1_to_2_mbit",
+            };
+            if let Some(rate) = sample.get(alike).copied() {
+                sample.insert("alike_tcp_mbit".to_owned(), rate);
+            }
             report.add(side, sample)?;
         }
     }

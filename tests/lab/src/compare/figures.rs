@@ -78,6 +78,7 @@ pub const ALL: &[Figure] = &[
     more("tcp_1_to_2_mbit", "TCP, guest 1 to guest 2", "Mbit/s").wanted(1.6),
     more("tcp_2_to_1_mbit", "TCP, guest 2 to guest 1", "Mbit/s").wanted(1.6),
     more("ours_tcp_mbit", "TCP, our guest to our guest", "Mbit/s"),
+    more("alike_tcp_mbit", "TCP, ours in all three places or Linux", "Mbit/s").wanted(2.0),
     more("udp_64_pps", "UDP of 64 bytes, delivered", "packets/s").wanted(2.0),
     more("udp_512_pps", "UDP of 512 bytes, delivered", "packets/s"),
     more("udp_1472_pps", "UDP of 1,472 bytes, delivered", "packets/s"),

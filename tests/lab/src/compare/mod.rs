@@ -66,7 +66,7 @@ impl Options {
     fn effort(&self) -> Effort {
         match self {
             Self { quick: true, .. } => {
-                Effort { tcp: 3, udp: 2, stream: 32 << 20, pings: 50, idle: 2 }
+                Effort { tcp: 3, udp: 2, stream: 64 << 20, pings: 50, idle: 2 }
             }
             // A second of such a machine takes ten or more.
             Self { icount: true, .. } => {
