@@ -72,7 +72,7 @@ impl Options {
             Self { icount: true, .. } => {
                 Effort { tcp: 3, udp: 2, stream: 32 << 20, pings: 200, idle: 5 }
             }
-            _ => Effort { tcp: 6, udp: 3, stream: 128 << 20, pings: 200, idle: 5 },
+            _ => Effort { tcp: 5, udp: 3, stream: 128 << 20, pings: 200, idle: 5 },
         }
     }
 
