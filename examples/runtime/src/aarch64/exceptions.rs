@@ -32,7 +32,8 @@ global_asm!(
 
 save_and_report:
     stp     x2, x3, [sp, #16]
-    cbnz    x1, 1f                  // not a synchronous one of ours
+    cmp     x1, #4                  // synchronous, from where we are
+    b.ne    1f
     mrs     x0, elr_el1
     adr     x2, 3f
     cmp     x0, x2
