@@ -169,14 +169,16 @@ fn xen_4_5_takes_the_identity_mapping_away_in_mid_traffic_and_nobody_is_told() {
         assert!(mapped > before, "turn {turn}\n{}", world.drops());
         assert_eq!(fallbacks(&world).map_refused, refused);
         // The release. What the card has not sent yet is still at both addresses.
-        world.uplink_mut().hold(turn % 3 == 0, turn % 3 == 1);
+        let stuck = turn % 3 == 0;
+        world.uplink_mut().hold(stuck, turn % 3 == 1);
         advertise(&world, bits - IDENTITY);
         world.run_for(MS / 4);
         world.uplink_mut().hold(false, false);
         world.run_for(MS / 4);
-        // The first that were mapped after it were unmapped again and copied: they were at one address only.
+        // The first that were mapped after it were unmapped again and copied: they were at one address only. Where the card took
+        // nothing, nothing was mapped for so long that the bits may have been read before, as they are once a second.
         let before_it = std::mem::replace(&mut refused, fallbacks(&world).map_refused);
-        assert!(refused > before_it);
+        assert!(refused > before_it || stuck, "turn {turn}");
         assert_eq!(up(&world), Datapaths::COPY | Datapaths::STATIC);
         before = by(&world, Datapath::MapIdentity);
         world.run_for(MS / 4);
