@@ -20,6 +20,19 @@ pub enum Checksum {
     Blank,
 }
 
+impl Checksum {
+    /// What the two flags say that requests and responses have for it (`csum_blank`, `data_validated` in netif.h).
+    pub(crate) const fn flagged(blank: bool, validated: bool) -> Self {
+        if blank {
+            Self::Blank
+        } else if validated {
+            Self::Validated
+        } else {
+            Self::Unverified
+        }
+    }
+}
+
 /// Which IP carries the TCP that is to be segmented.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum IpVersion {

@@ -306,13 +306,7 @@ pub fn assemble(
 }
 
 fn checksum(flags: RxFlags) -> Checksum {
-    if flags.contains(RxFlags::CSUM_BLANK) {
-        Checksum::Blank
-    } else if flags.contains(RxFlags::DATA_VALIDATED) {
-        Checksum::Validated
-    } else {
-        Checksum::Unverified
-    }
+    Checksum::flagged(flags.contains(RxFlags::CSUM_BLANK), flags.contains(RxFlags::DATA_VALIDATED))
 }
 
 /// A packet of several slots, or with extras.

@@ -263,13 +263,7 @@ pub fn assemble(
 }
 
 fn checksum(flags: TxFlags) -> Checksum {
-    if flags.contains(TxFlags::CSUM_BLANK) {
-        Checksum::Blank
-    } else if flags.contains(TxFlags::DATA_VALIDATED) {
-        Checksum::Validated
-    } else {
-        Checksum::Unverified
-    }
+    Checksum::flagged(flags.contains(TxFlags::CSUM_BLANK), flags.contains(TxFlags::DATA_VALIDATED))
 }
 
 /// A packet of several slots, or with extras.

@@ -175,7 +175,8 @@ pub fn address_bits() -> u32 {
 /// Turns to these tables, and caches on.
 ///
 /// # Safety
-/// Caches are off, and everything is at its own address, as the boot code has it. The tables map all that is in use, at its own address; `image` is all that was written since boot.
+/// Caches are off, and everything is at its own address, as the boot code has it. The tables map all that is in use, at its own
+/// address; `image` is all that was written since boot.
 pub unsafe fn enable(tables: &Tables, image: &Range<u64>) {
     MAIR_EL1.write(
         MAIR_EL1::Attr0_Normal_Outer::WriteBack_NonTransient_ReadWriteAlloc
