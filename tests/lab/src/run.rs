@@ -276,12 +276,14 @@ impl Run {
         let source = Source::Dom(domain);
         let mark = self.machine.console.mark(source);
         let begun = format!("L {id} begin");
-        for _ in 0..8 {
+        // A slow machine is not given longer for each, but more of them: what is lost is lost at once, and is time that
+        // somebody measures.
+        for attempt in 0..8 * self.patience {
+            let wait = Duration::from_secs(1 << attempt.min(2));
             self.machine.console.type_line(domain, &format!("@{id} {step}."))?;
-            let answer = self
-                .machine
-                .console
-                .wait(source, mark, self.limit(4), |l| l.text.ends_with(&begun).then_some(()));
+            let answer = self.machine.console.wait(source, mark, Duration::from_secs(4), |l| {
+                l.text.ends_with(&begun).then_some(())
+            });
             if answer.is_ok() {
                 return Ok(Step { domain, id, mark, what: step.to_owned() });
             }
