@@ -42,6 +42,9 @@ pub struct Packet<H: Hypervisor> {
     pub(crate) rest: Rest<H>,
     /// How its bytes are carried.
     pub(crate) path: Datapath,
+    /// While its rest is [taken](Rest::Taken): how many pieces its sender's are in, with the private bytes; 0 if they are not to be
+    /// kept as they are.
+    pub(crate) pieces: u8,
     /// The queue of the vif that it goes to.
     pub(crate) to_queue: u16,
     /// The state of its checksum.
@@ -299,6 +302,7 @@ impl<H: Hypervisor> Pools<H> {
             len,
             rest: Rest::None,
             path: Datapath::Copy,
+            pieces: 0,
             to_queue: 0,
             checksum: Checksum::default(),
             gso: None,

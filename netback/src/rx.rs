@@ -16,7 +16,7 @@ use crate::fault::{Refusals, VifFault};
 use crate::lent::{Open, Origin, Table};
 use crate::packet::{Packet, Rest};
 use crate::stall::Stall;
-use crate::tx::{Statics, rest_of};
+use crate::tx::{Pieces, Statics, pieces, rest_of};
 
 /// Packets per hypercall at most.
 const BATCH: usize = 128;
@@ -124,8 +124,14 @@ impl<H: Hypervisor> RxQueue<H> {
 
     /// Requests that a packet takes.
     fn slots(&self, packet: &Packet<H>) -> u16 {
+        let shape = shape(packet, self.headroom, &[]);
+        let slots = if keeps_pieces(packet, self.headroom) {
+            usize::from(packet.pieces) + shape.extras()
+        } else {
+            shape.slots()
+        };
         // A packet has 64 KiB at most, and a page room for some bytes.
-        u16::try_from(shape(packet, self.headroom).slots()).unwrap_or(u16::MAX)
+        u16::try_from(slots).unwrap_or(u16::MAX)
     }
 
     /// Forgets what was promised but for packets that wait.
@@ -275,12 +281,14 @@ impl<H: Hypervisor> RxQueue<H> {
         for InFlight { packet, slots, copies: range, path } in batch {
             let (requests, rest) = behind.split_at_checked((*slots).into()).unwrap_or_default();
             behind = rest;
-            let shape = shape(packet, *headroom);
+            let open = open_of(packet, table);
+            let pieces = pieces_of(packet, *headroom, open);
+            let shape = shape(packet, *headroom, &pieces);
             let parts = (0..).zip(requests.iter()).filter_map(|(slot, request)| {
                 let part = shape.part(slot)?;
                 Some((PeerSpan { domain, gref: request.gref, offset: part.offset }, part.len))
             });
-            if let Some(open) = open_of(packet, table) {
+            if let Some(open) = open {
                 *path = Datapath::Direct;
                 *range = relay(copies, packet, open, parts)?;
                 continue;
@@ -322,7 +330,8 @@ impl<H: Hypervisor> RxQueue<H> {
         let headroom = self.headroom;
         let mut behind = behind.drain(..);
         for InFlight { packet, slots, copies, path } in batch.drain(..) {
-            let shape = shape(&packet, headroom);
+            let pieces = pieces_of(&packet, headroom, open_of(&packet, table));
+            let shape = shape(&packet, headroom, &pieces);
             let arrived = match results {
                 _ if path == Datapath::Static => true,
                 None => {
@@ -362,9 +371,31 @@ impl<H: Hypervisor> RxQueue<H> {
     }
 }
 
+/// Whether each piece of a packet's sender goes to a page of its own. With room left free in each page they would not all fit.
+fn keeps_pieces<H: Hypervisor>(packet: &Packet<H>, headroom: PageOffset) -> bool {
+    packet.pieces > 0 && headroom == PageOffset::ZERO && matches!(packet.rest, Rest::Taken(_))
+}
+
+/// These pieces, or none.
+fn pieces_of<H: Hypervisor>(
+    packet: &Packet<H>,
+    headroom: PageOffset,
+    open: Option<&Open>,
+) -> Pieces {
+    match open.filter(|_| keeps_pieces(packet, headroom)) {
+        Some(open) => pieces(&open.chain, packet.bytes().len()),
+        None => Pieces::new(),
+    }
+}
+
 /// A packet as its guest is to get it, with so much left free in each page.
-fn shape<H: Hypervisor>(packet: &Packet<H>, headroom: PageOffset) -> RxPacket {
+fn shape<'p, H: Hypervisor>(
+    packet: &Packet<H>,
+    headroom: PageOffset,
+    pieces: &'p [u16],
+) -> RxPacket<'p> {
     RxPacket {
+        pieces,
         len: u16::try_from(packet.len()).unwrap_or(u16::MAX),
         headroom,
         checksum: packet.checksum,

@@ -5,6 +5,7 @@
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::iter;
 
 use grant::{CopyBatch, CopyRange, CopyResults, Mapping, PeerSpan, SharedMemory, SpanMut};
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, Instant, PAGE_SIZE, PageOffset};
@@ -369,6 +370,8 @@ impl<H: Hypervisor> TxQueue<H> {
             self.drops.no_buffer += 1;
             return self.answer(chain.answers, TxStatus::ERROR);
         } else {
+            let kept = pieces(&chain, packet.bytes().len());
+            packet.pieces = u8::try_from(kept.len()).unwrap_or(0);
             let open = Open { origin: self.origin, domain: self.domain, chain };
             let rest = table.insert(open).map_or(Rest::None, Rest::Taken);
             packet.set_rest(len, rest);
@@ -421,6 +424,39 @@ pub(crate) fn rest_of(
         let left = slot.size.checked_sub(passed).filter(|left| *left > 0)?;
         Some((slot.gref, PageOffset::new(slot.offset.checked_add(passed)?)?, left))
     })
+}
+
+/// What Linux's xen-netfront makes of a packet's slots: 17 pages, and before them one more whose bytes it can move to the front, if these
+/// are 256 at most (`MAX_SKB_FRAGS`, `RX_COPY_THRESHOLD` in drivers/net/xen-netfront.c). Everybody else takes as many.
+const PAGES: usize = 17;
+/// Pieces of a packet at most.
+const MAX_PIECES: usize = PAGES + 1;
+const IN_FRONT: u16 = 256;
+/// Their lengths.
+pub(crate) type Pieces = heapless::Vec<u16, MAX_PIECES>;
+/// Slots that a packet may take beyond those that it would take with full pages: a sender of many small pieces must not use up its
+/// receiver's.
+const MORE_SLOTS: usize = 2;
+
+/// How the bytes of a chain are spread over the pages of whom they go to, so that a piece of its sender's becomes a piece there, and one
+/// copy. Several share a page that they fit into whole; the first is the `private` bytes. Empty, if pages are to be filled instead.
+pub(crate) fn pieces(chain: &tx::Packet, private: usize) -> Pieces {
+    let mut lens = Pieces::new();
+    let first = u16::try_from(private).unwrap_or(u16::MAX);
+    let mut all = iter::once(first).chain(rest_of(chain, private).map(|(_, _, len)| len));
+    let fits = all.all(|len| match lens.last_mut() {
+        Some(last) if usize::from(*last) + usize::from(len) <= PAGE_SIZE => {
+            *last += len;
+            true
+        }
+        _ => lens.push(len).is_ok(),
+    });
+    let full = usize::from(chain.size).div_ceil(PAGE_SIZE);
+    let in_front = usize::from(lens.first().is_some_and(|first| *first <= IN_FRONT));
+    if !fits || lens.len() > (full + MORE_SLOTS).min(PAGES + in_front) {
+        lens.clear();
+    }
+    lens
 }
 
 /// Judges what the private copy of the headers says; a packet to be segmented counts as lacking its checksum.

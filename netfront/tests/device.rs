@@ -237,6 +237,7 @@ impl Net {
                 queue % queues,
                 &frame,
                 RxPacket {
+                    pieces: &[],
                     len,
                     headroom: hypercall::PageOffset::ZERO,
                     checksum,
@@ -248,7 +249,7 @@ impl Net {
         }
     }
 
-    fn give(&mut self, queue: usize, frame: &[u8], packet: RxPacket) {
+    fn give(&mut self, queue: usize, frame: &[u8], packet: RxPacket<'_>) {
         let rings = &mut self.rings[queue];
         rings.rx.poll().unwrap();
         for slot in 0..packet.slots() {
@@ -381,6 +382,7 @@ fn checksums_that_are_not_vouched_for_are_checked() {
         .copy_from_slice(&[0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1]);
     frame[46] = 0x50;
     let packet = RxPacket {
+        pieces: &[],
         len: 54,
         headroom: hypercall::PageOffset::ZERO,
         checksum: Checksum::Unverified,
@@ -398,6 +400,7 @@ fn large_packets_come_in_whole() {
     let mut net = Net::new(config(1), ALL);
     let frame: Vec<u8> = (0..60_000_u32).map(|at| at as u8).collect();
     let packet = RxPacket {
+        pieces: &[],
         len: 60_000,
         headroom: hypercall::PageOffset::ZERO,
         checksum: Checksum::Blank,

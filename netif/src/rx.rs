@@ -12,9 +12,12 @@ use crate::tx::{MAX_SLOTS, PacketHash};
 
 /// A packet as the backend is about to put it into the frontend's pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct RxPacket {
+pub struct RxPacket<'p> {
     /// Bytes of the frame.
     pub len: u16,
+    /// How many of them go to each page: their sum is `len`, and each has room behind `headroom`. If there are none, each page is
+    /// filled before the next is begun, which takes the fewest.
+    pub pieces: &'p [u16],
     /// Bytes the frontend wants free at the start of every page (`xdp-headroom`).
     pub headroom: PageOffset,
     /// The state of its checksum.
@@ -36,7 +39,7 @@ pub struct RxPart {
     pub len: u16,
 }
 
-impl RxPacket {
+impl RxPacket<'_> {
     fn extra(&self, index: usize) -> Option<ExtraInfo> {
         let headroom = self.headroom.get();
         let xdp = (headroom != 0).then_some(ExtraInfo::Xdp { headroom });
@@ -48,8 +51,10 @@ impl RxPacket {
         [self.gso.map(Gso::info), hash, xdp].into_iter().flatten().nth(index)
     }
 
+    /// Slots that extras take.
     #[inline]
-    fn extras(&self) -> usize {
+    #[must_use]
+    pub fn extras(&self) -> usize {
         usize::from(self.gso.is_some())
             + usize::from(self.hash.is_some())
             + usize::from(self.headroom != PageOffset::ZERO)
@@ -57,6 +62,9 @@ impl RxPacket {
 
     #[inline]
     fn data_slots(&self) -> usize {
+        if !self.pieces.is_empty() {
+            return self.pieces.len();
+        }
         let (len, room) = (usize::from(self.len), self.headroom.room());
         // Dividing is slow, and most packets take one.
         if len <= room { 1 } else { len.div_ceil(room) }
@@ -78,6 +86,9 @@ impl RxPacket {
     #[inline]
     #[must_use]
     pub fn part(&self, slot: usize) -> Option<RxPart> {
+        if !self.pieces.is_empty() {
+            return self.piece(slot);
+        }
         if slot == 0 {
             let room = u16::try_from(self.headroom.room()).ok()?;
             return Some(RxPart { offset: self.headroom, start: 0, len: self.len.min(room) });
@@ -91,6 +102,14 @@ impl RxPacket {
         }
         let len = u16::try_from(left.min(room)).ok()?;
         Some(RxPart { offset: self.headroom, start, len })
+    }
+
+    fn piece(&self, slot: usize) -> Option<RxPart> {
+        let index = if slot == 0 { 0 } else { self.data_index(slot)? };
+        let len = *self.pieces.get(index)?;
+        let start =
+            self.pieces.iter().take(index).try_fold(0_u16, |sum, len| sum.checked_add(*len));
+        Some(RxPart { offset: self.headroom, start: start?, len })
     }
 
     /// The response to the packet's `slot`-th request. `None` beyond the last.

@@ -11,9 +11,9 @@ use proptest::prelude::*;
 const MORE: RxFlags = RxFlags::MORE_DATA;
 const EXTRA: RxFlags = RxFlags::EXTRA_INFO;
 
-fn plain(len: u16) -> RxPacket {
+fn plain(len: u16) -> RxPacket<'static> {
     let headroom = PageOffset::ZERO;
-    RxPacket { len, headroom, checksum: Checksum::Unverified, gso: None, hash: None }
+    RxPacket { pieces: &[], len, headroom, checksum: Checksum::Unverified, gso: None, hash: None }
 }
 
 fn data(slot: u16, size: i16, flags: RxFlags) -> (u16, RxResponse) {
@@ -132,8 +132,9 @@ prop_compose! {
         checksum in prop_oneof![Just(Checksum::Unverified), Just(Checksum::Validated), Just(Checksum::Blank)],
         gso in prop::option::of((1_u16.., 1_u8..3)),
         hash in prop::option::of(any::<(u8, u8, u32)>()),
-    ) -> RxPacket {
+    ) -> RxPacket<'static> {
         RxPacket {
+            pieces: &[],
             len,
             headroom: PageOffset::new(room).unwrap(),
             checksum,

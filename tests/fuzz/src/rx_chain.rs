@@ -36,8 +36,14 @@ fn describe(input: &mut Input<'_>) {
         value: input.word(),
     });
     let checksum = [Checksum::Unverified, Checksum::Validated, Checksum::Blank];
-    let packet =
-        RxPacket { len, headroom, checksum: checksum[usize::from(kinds >> 3) % 3], gso, hash };
+    let packet = RxPacket {
+        pieces: &[],
+        len,
+        headroom,
+        checksum: checksum[usize::from(kinds >> 3) % 3],
+        gso,
+        hash,
+    };
     let first = u16::from(input.byte());
     let slots = packet.slots();
     if slots > ENTRIES.into() {

@@ -281,9 +281,10 @@ impl Run {
         for attempt in 0..8 * self.patience {
             let wait = Duration::from_secs(1 << attempt.min(2));
             self.machine.console.type_line(domain, &format!("@{id} {step}."))?;
-            let answer = self.machine.console.wait(source, mark, Duration::from_secs(4), |l| {
-                l.text.ends_with(&begun).then_some(())
-            });
+            let answer = self
+                .machine
+                .console
+                .wait(source, mark, wait, |l| l.text.ends_with(&begun).then_some(()));
             if answer.is_ok() {
                 return Ok(Step { domain, id, mark, what: step.to_owned() });
             }
