@@ -1,13 +1,14 @@
 //! Memory that somebody else can write at any moment.
 //!
 //! It is never a `&T` or a `&[u8]`: a reference promises the compiler that nobody else writes, and a compiler that
-//! believes it may read twice. Here each read is one atomic load into a private value.
+//! believes it may read twice. Here each read is one atomic load into a private value, or for long pieces an instruction that the
+//! compiler does not see into.
 
 use core::ptr::NonNull;
 use core::slice;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
-use hypercall::PAGE_SIZE;
+use hypercall::{PAGE_SIZE, arch};
 
 /// A page shared with a peer: 1,024 words, each read or written atomically.
 ///
@@ -95,9 +96,13 @@ impl SharedPage {
         }
     }
 
-    /// The longs that a part of the page is in, if it begins with one, as packets mostly do, and ends in the page.
+    /// The longs that a part of the page is in, if it begins with one, as packets mostly do, ends in the page, and is not
+    /// long enough to be copied in bulk.
     #[inline]
     fn longs(&self, offset: usize, len: usize) -> Option<&[AtomicU64]> {
+        if len >= BULK {
+            return None;
+        }
         let first = offset / 8;
         let page: &[AtomicU64] = self.slice(0, PAGE_SIZE);
         page.get(first..first + len.div_ceil(8)).filter(|_| offset.is_multiple_of(8))
@@ -120,7 +125,7 @@ impl SharedPage {
         write::<AtomicU8, _>(self.slice(end & !3, end), from);
     }
 
-    /// Of any alignment. Kept apart, so that the usual case stays small where it is inlined.
+    /// Of any alignment and length. Kept apart, so that the usual case stays small where it is inlined.
     #[inline(never)]
     fn read_pieces(&self, offset: usize, to: &mut [u8]) {
         self.pieces(offset, to.len()).read(to);
@@ -211,7 +216,7 @@ impl Pieces<'_> {
     fn read(&self, to: &mut [u8]) {
         let to = read(self.head, to);
         let to = read(self.before, to);
-        let to = read(self.longs, to);
+        let to = read_longs(self.longs, to);
         let to = read(self.after, to);
         read(self.tail, to);
     }
@@ -219,7 +224,7 @@ impl Pieces<'_> {
     fn write(&self, from: &[u8]) {
         let from = write(self.head, from);
         let from = write(self.before, from);
-        let from = write(self.longs, from);
+        let from = write_longs(self.longs, from);
         let from = write(self.after, from);
         write(self.tail, from);
     }
@@ -227,14 +232,95 @@ impl Pieces<'_> {
     fn copy(&self, to: &Self) {
         copy(self.head, to.head);
         copy(self.before, to.before);
-        copy(self.longs, to.longs);
+        copy_longs(self.longs, to.longs);
         copy(self.after, to.after);
         copy(self.tail, to.tail);
     }
 }
 
 /// Longs that are read or written in one go: compilers do not unroll loops over atomics.
-const BLOCK: usize = 8;
+const BLOCK: usize = arch::BLOCK_SIZE / 8;
+
+type Block = [AtomicU64; BLOCK];
+
+/// Bytes from which on the processor is told to copy them, in one instruction or a few; what watches each access has to see
+/// them all.
+const BULK: usize =
+    if cfg!(any(loom, miri)) { usize::MAX } else { arch::BULK_BLOCKS * arch::BLOCK_SIZE };
+
+/// Whether blocks between a page and a place of ours go in bulk.
+fn is_bulk(count: usize, ours: &[[u8; arch::BLOCK_SIZE]]) -> bool {
+    count * arch::BLOCK_SIZE >= BULK && ours.as_ptr().addr().is_multiple_of(arch::BULK_ALIGN)
+}
+
+#[inline]
+fn read_blocks(from: &[Block], to: &mut [[u8; arch::BLOCK_SIZE]]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from) {
+            *to = from.get();
+        }
+    }
+}
+
+#[inline]
+fn write_blocks(to: &[Block], from: &[[u8; arch::BLOCK_SIZE]]) {
+    for (from, to) in from.iter().zip(to) {
+        for (from, to) in from.as_chunks().0.iter().zip(to) {
+            to.put(*from);
+        }
+    }
+}
+
+/// As [`read`], in bulk if there are enough of them.
+fn read_longs<'b>(from: &[AtomicU64], to: &'b mut [u8]) -> &'b mut [u8] {
+    let (blocks, last) = from.as_chunks();
+    let (to, rest) = to.split_at_mut((blocks.len() * arch::BLOCK_SIZE).min(to.len()));
+    let to = to.as_chunks_mut().0;
+    let count = blocks.len().min(to.len());
+    if is_bulk(count, to) {
+        // SAFETY: there are as many blocks at either place, of which these are of atomics, that others may write, and `to` is
+        // ours alone, and was found to be aligned. Nobody looks there before all is copied: what arrives is one value for
+        // each byte, whatever others write meanwhile.
+        unsafe { arch::copy_blocks(blocks.as_ptr().cast(), to.as_mut_ptr().cast(), count) };
+    } else {
+        read_blocks(blocks, to);
+    }
+    read(last, rest)
+}
+
+/// As [`write`], likewise.
+fn write_longs<'b>(to: &[AtomicU64], from: &'b [u8]) -> &'b [u8] {
+    let (blocks, last) = to.as_chunks();
+    let (from, rest) = from.split_at((blocks.len() * arch::BLOCK_SIZE).min(from.len()));
+    let from = from.as_chunks().0;
+    let count = blocks.len().min(from.len());
+    if is_bulk(count, from) {
+        // SAFETY: there are as many blocks at either place, of which these are of atomics, that may be written behind a shared
+        // reference, and `from` is borrowed, so that nobody writes there, and was found to be aligned.
+        unsafe {
+            arch::copy_blocks(from.as_ptr().cast(), blocks.as_ptr().cast_mut().cast(), count);
+        }
+    } else {
+        write_blocks(blocks, from);
+    }
+    write(last, rest)
+}
+
+/// As [`copy`], likewise.
+fn copy_longs(from: &[AtomicU64], to: &[AtomicU64]) {
+    let ((blocks, last), (to_blocks, to_last)) =
+        (from.as_chunks::<BLOCK>(), to.as_chunks::<BLOCK>());
+    let count = blocks.len().min(to_blocks.len());
+    if count * arch::BLOCK_SIZE >= BULK {
+        // SAFETY: there are as many blocks at either place, of longs that are aligned as such, and of atomics, that may be
+        // written behind a shared reference and by others.
+        unsafe {
+            arch::copy_blocks(blocks.as_ptr().cast(), to_blocks.as_ptr().cast_mut().cast(), count);
+        }
+        return copy(last, to_last);
+    }
+    copy(from, to);
+}
 
 /// Fills the first bytes of `to`; answers the rest of it.
 #[inline]
@@ -295,14 +381,10 @@ impl SharedMemory for SharedPage {
         let Some(longs) = self.longs(offset, to.len()) else {
             return self.read_pieces(offset, to);
         };
-        let (blocks, last) = to.as_chunks_mut::<{ BLOCK * 8 }>();
-        for (to, from) in blocks.iter_mut().zip(longs.as_chunks::<BLOCK>().0) {
-            for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from) {
-                *to = from.get();
-            }
-        }
+        let (blocks, last) = to.as_chunks_mut();
+        read_blocks(longs.as_chunks().0, blocks);
         if !last.is_empty() {
-            self.read_last(offset + blocks.len() * (BLOCK * 8), last);
+            self.read_last(offset + blocks.len() * arch::BLOCK_SIZE, last);
         }
     }
 
@@ -311,14 +393,10 @@ impl SharedMemory for SharedPage {
         let Some(longs) = self.longs(offset, from.len()) else {
             return self.write_pieces(offset, from);
         };
-        let (blocks, last) = from.as_chunks::<{ BLOCK * 8 }>();
-        for (from, to) in blocks.iter().zip(longs.as_chunks::<BLOCK>().0) {
-            for (from, to) in from.as_chunks().0.iter().zip(to) {
-                to.put(*from);
-            }
-        }
+        let (blocks, last) = from.as_chunks();
+        write_blocks(longs.as_chunks().0, blocks);
         if !last.is_empty() {
-            self.write_last(offset + blocks.len() * (BLOCK * 8), last);
+            self.write_last(offset + blocks.len() * arch::BLOCK_SIZE, last);
         }
     }
 }

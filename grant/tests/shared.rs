@@ -18,7 +18,10 @@ fn pages() -> (Sim, [GrantedPage<SimHv>; 2]) {
 
 /// Offsets and lengths around every boundary between pieces, and at the end of the page.
 fn cases() -> impl Iterator<Item = (usize, usize)> {
-    let lengths = (0..=26).chain([63, 64, 511, 512, 513, 1030, PAGE_SIZE - 9, PAGE_SIZE]);
+    // Where long pieces begin to go in bulk, with what lies before and behind them: at 512 or 1,024 bytes.
+    let bulk = [512, 1024].into_iter().flat_map(|from| from - 1..=from + 16);
+    let bulk = bulk.chain([575, 576, 1087, 1088, 1500, 2040, 2113]);
+    let lengths = (0..=26).chain([63, 64]).chain(bulk).chain([PAGE_SIZE - 9, PAGE_SIZE]);
     let at =
         |len| (0..9).map(move |offset| (offset, len)).chain([(PAGE_SIZE.wrapping_sub(len), len)]);
     lengths.flat_map(at).filter(|(offset, len)| offset + len <= PAGE_SIZE)
@@ -44,10 +47,14 @@ fn reading_gives_the_bytes_asked_for() {
     let (_sim, [page, _]) = pages();
     let bytes = pattern(1);
     fill(page.page(), &bytes);
-    for (offset, len) in cases() {
-        let mut got = vec![0xa5; len];
-        page.page().read_bytes(offset, &mut got);
-        assert_eq!(got, bytes[offset..offset + len], "{len} at {offset}");
+    let mut buffer = vec![0; PAGE_SIZE + 16];
+    for ((offset, len), shift) in cases().flat_map(|case| (0..8).map(move |shift| (case, shift))) {
+        buffer.fill(0xa5);
+        page.page().read_bytes(offset, &mut buffer[shift..shift + len]);
+        let (before, got) = buffer.split_at(shift);
+        let (got, behind) = got.split_at(len);
+        assert_eq!(got, &bytes[offset..offset + len], "{len} at {offset} to {shift}");
+        assert!(before.iter().chain(behind).all(|byte| *byte == 0xa5), "{len} at {offset}");
     }
 }
 
@@ -55,12 +62,13 @@ fn reading_gives_the_bytes_asked_for() {
 fn writing_changes_the_bytes_meant_and_no_others() {
     let (_sim, [page, _]) = pages();
     let (before, new) = (pattern(1), pattern(9));
-    for (offset, len) in cases() {
+    for ((offset, len), shift) in cases().flat_map(|case| (0..8).map(move |shift| (case, shift))) {
+        let shift = shift.min(PAGE_SIZE - len);
         fill(page.page(), &before);
-        page.page().write_bytes(offset, &new[..len]);
+        page.page().write_bytes(offset, &new[shift..shift + len]);
         let mut expected = before.clone();
-        expected[offset..offset + len].copy_from_slice(&new[..len]);
-        assert_eq!(whole(page.page()), expected, "{len} at {offset}");
+        expected[offset..offset + len].copy_from_slice(&new[shift..shift + len]);
+        assert_eq!(whole(page.page()), expected, "{len} at {offset} from {shift}");
     }
 }
 

@@ -1,4 +1,5 @@
-//! All that depends on the processor: the hypercall instruction and the layout of the shared info page.
+//! All that depends on the processor: the hypercall instruction, the layout of the shared info page, and copying what others
+//! write meanwhile.
 //!
 //! Nothing outside this module may look at the target architecture.
 
@@ -9,4 +10,7 @@ mod imp;
 #[path = "x86_64.rs"]
 mod imp;
 
-pub use imp::{hypercall5, shared_info};
+pub use imp::{BULK_ALIGN, BULK_BLOCKS, copy_blocks, hypercall5, shared_info};
+
+/// Bytes that [`copy_blocks`] counts in.
+pub const BLOCK_SIZE: usize = 64;
