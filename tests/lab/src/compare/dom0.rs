@@ -49,16 +49,11 @@ impl Made {
         })
     }
 
-    /// Three domains with a processor each, where there are two: with more, what is measured is who gets one when.
     fn plan(&self, side: Side, words: &str) -> Board<'_> {
-        let mut board = match side {
+        match side {
             Side::Ours => dom0::plan(&self.images, &self.dom0, words),
             Side::Linux => linux::plan(&self.images, words),
-        };
-        for guest in &mut board.guests {
-            guest.vcpus = 1;
         }
-        board
     }
 
     /// Two Linux guests, and what is between them.

@@ -40,7 +40,7 @@ pub fn boot(name: &'static str) -> Result<()> {
 
 pub fn test(name: &'static str) -> Result<Tally> {
     let (images, dom0) = prepare()?;
-    let mut run = Run::start(name, &plan(&images, &dom0, ""))?;
+    let mut run = Run::start(name, &plan(&images, &dom0, "").with_two_queues())?;
     if up(&mut run, &dom0) {
         // First, as making the files keeps the guests busy.
         traffic::files_ready(&mut run);

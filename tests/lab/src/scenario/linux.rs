@@ -32,7 +32,7 @@ pub fn boot(name: &'static str) -> Result<()> {
 
 pub fn test(name: &'static str) -> Result<Tally> {
     let images = images::prepare(true)?;
-    let mut run = Run::start(name, &plan(&images, ""))?;
+    let mut run = Run::start(name, &plan(&images, "").with_two_queues())?;
     if up(&mut run) {
         traffic::files_ready(&mut run);
         traffic::all_pings(&mut run);
