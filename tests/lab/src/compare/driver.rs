@@ -76,13 +76,15 @@ fn moved(run: &Run, side: Side) -> Result<String> {
     reached(run, 1, 2, 5)
 }
 
-/// The numbers that Xen has for the backend and the guests.
+/// The number that Xen has for a domain.
+pub fn domid(run: &Run, domain: usize) -> Result<u32> {
+    let answer = run.good(0, &format!("xl domid dom{domain}"), 60)?;
+    answer.text().trim().parse().with_context(|| answer.text())
+}
+
+/// Those of the backend and the guests.
 fn numbers(run: &mut Run, side: Side) -> Option<[u32; 3]> {
-    let number = |run: &Run, domain: usize| -> Result<u32> {
-        let answer = run.good(0, &format!("xl domid dom{domain}"), 60)?;
-        answer.text().trim().parse().with_context(|| answer.text())
-    };
-    let made = (|| Ok([number(run, driver(side).0)?, number(run, 1)?, number(run, 2)?]))();
+    let made = (|| Ok([domid(run, driver(side).0)?, domid(run, 1)?, domid(run, 2)?]))();
     match made {
         Ok(numbers) => Some(numbers),
         Err(error) => {

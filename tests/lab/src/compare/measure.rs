@@ -14,7 +14,7 @@ use crate::machine::aarch64::Domain;
 use crate::run::Run;
 use crate::scenario::dom0;
 use crate::scenario::traffic::{self, files_ready};
-use crate::scenario::transfer::FILE;
+use crate::scenario::transfer::{FILE, at};
 use crate::world::World;
 
 /// How much of everything.
@@ -39,7 +39,8 @@ const STREAM: Duration = Duration::from_secs(600);
 /// What a step may take beside its own time.
 const MORE: u64 = 40;
 
-const GB: f64 = 1e9;
+/// Bytes.
+pub const GB: f64 = 1e9;
 const MILLION: f64 = 1e6;
 
 /// Traffic between two Linux guests.
@@ -62,7 +63,7 @@ fn asked(side: Side) -> Asked {
 pub fn traffic(run: &mut Run, asked: Asked, effort: Effort) {
     let Some(meter) = meter(run, asked) else { return };
     idle(run, &meter, effort.idle);
-    pings(run, effort.pings);
+    pings(run, 1, 2, effort.pings);
     tcp(run, &meter, effort.tcp);
     for size in SIZES {
         udp(run, &meter, size, effort.udp);
@@ -168,7 +169,7 @@ fn meter(run: &mut Run, asked: Asked) -> Option<Meter> {
 }
 
 /// Keeps figures and says them, or says what went wrong.
-fn keep(run: &mut Run, name: &str, made: Result<Vec<(String, f64)>>) {
+pub fn keep(run: &mut Run, name: &str, made: Result<Vec<(String, f64)>>) {
     let made = made.map(|figures| {
         let words = figures.into_iter().map(|(key, value)| {
             let word = format!("{key} {value:.4}");
@@ -189,8 +190,10 @@ fn idle(run: &mut Run, meter: &Meter, seconds: u32) {
     keep(run, "the backend while nothing moves", made);
 }
 
-fn pings(run: &mut Run, count: u32) {
-    let made = run.good(1, &format!("rtts 4:12 56 {count}"), MORE).and_then(|answer| {
+/// Times of pings from a domain with Linux to any other.
+pub fn pings(run: &mut Run, from: usize, to: usize, count: u32) {
+    let words = format!("rtts {} 56 {count}", at(to));
+    let made = run.good(from, &words, MORE).and_then(|answer| {
         let times = iperf::times(answer.lines.iter().map(String::as_str), count as usize)?;
         let of = |percent: usize| {
             let time = percentile(&times, percent).context("no times")?;
@@ -198,7 +201,7 @@ fn pings(run: &mut Run, count: u32) {
         };
         [50, 90, 99].into_iter().map(of).collect()
     });
-    keep(run, &format!("{count} pings from guest 1 to guest 2"), made);
+    keep(run, &format!("{count} pings from dom{from} to dom{to}"), made);
 }
 
 /// Both ways, one after the other.

@@ -5,6 +5,7 @@ mod cpu;
 mod dom0;
 mod driver;
 mod figures;
+mod front;
 mod iperf;
 mod measure;
 mod report;
@@ -46,7 +47,7 @@ pub struct Options {
 enum Machine {
     /// dom0 is swapped
     Aarch64,
-    /// Guests go from our driver domain to one with Linux and back
+    /// Guests go from our driver domain to one with Linux and back; guests of both kinds on Linux's backend
     #[value(name = "x86_64")]
     X86,
 }
@@ -111,6 +112,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             false,
         );
         tally += driver::compare(options, &mut report)?;
+        report.section(
+            "x86_64: this project's guest, and one with Linux, on Linux's backend in dom0",
+            false,
+        );
+        tally += front::compare(options, &mut report)?;
     }
     print!("{}", report.text());
     let dir = paths::shown(&paths::lab());

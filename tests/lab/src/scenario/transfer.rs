@@ -56,7 +56,8 @@ impl Rate {
         Ok(rate)
     }
 
-    fn mbit(&self) -> f64 {
+    /// How fast it was.
+    pub fn mbit(&self) -> f64 {
         FILE as f64 * 8.0 / 1e6 / self.seconds
     }
 }
