@@ -57,6 +57,9 @@ fn turn(run: &mut Run, side: Side, options: &Options) {
     let text = text.map_err(|error| anyhow::anyhow!("{error:#}"));
     run.check("processor time of dom0 and the guest", Source::Dom(0), text);
     let Ok(meter) = meter else { return };
+    // Those that have just started are still busy.
+    let made = run.good(0, &format!("settle {}", options.effort().idle), 60);
+    run.check("a rest before it", Source::Dom(0), made.map(|answer| answer.text()));
     measure::pings(run, 0, domain, options.effort().pings);
     carry(run, &meter, domain, "to", |run| sink(run, 0, domain));
     carry(run, &meter, domain, "from", |run| source(run, 0, domain));
