@@ -9,7 +9,7 @@ use hypercall::abi::{
 };
 use hypercall::{Errno, GrantRef, GrantStatus, Hypervisor, Window};
 
-use crate::frame::Page;
+use crate::span::Page;
 use crate::map::{MapRequest, Mapper};
 use crate::parked::{Books, unmap_op};
 use crate::shared::{SharedMemory, SharedPage};

@@ -7,8 +7,8 @@ use hypercall::abi::{CopyEnd, GNTCOPY_DEST_GREF, GNTCOPY_SOURCE_GREF, GrantCopy}
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, PageOffset};
 
 use crate::by_mapping::ByMapping;
-use crate::frame::{Extent, Page, Span, SpanMut};
 use crate::map::Mapper;
+use crate::span::{Extent, Page, Span, SpanMut};
 
 /// Whether this Xen has no `GNTTABOP_copy` (grant_table.h): asked by a call with no operations, which does nothing where
 /// the operation exists. Any other answer than [`Errno::NOSYS`] means that it does.

@@ -1,112 +1,236 @@
-//! Private pages: packet buffers that no peer can see, and a pool of them.
+//! Private buffers that no peer can see, and a pool of them.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::cell::UnsafeCell;
 use core::fmt;
-use core::marker::PhantomData;
 use core::num::NonZeroUsize;
 use core::ptr::NonNull;
 use core::slice;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crossbeam_queue::ArrayQueue;
 use hypercall::{Gfn, Hypervisor, PAGE_SIZE};
 
-/// A private page, or the first of several: where we see it, and where Xen does.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Page {
-    pub(crate) base: NonNull<u8>,
-    pub(crate) gfn: Gfn,
+use crate::span::{Extent, Page, Span, SpanMut};
+
+/// Where the stack of free buffers ends.
+const BOTTOM: u32 = 0xffff;
+/// Buffers of a pool at most: each has a number that is not [`BOTTOM`], and all of them and the pool can be counted in as many bits.
+const MAX: usize = 0xfffe;
+/// One more that is out.
+const OUT: u64 = 1 << 16;
+/// One more change.
+const CHANGE: u64 = 1 << 32;
+
+/// The number of the buffer on top.
+const fn top(head: u64) -> u32 {
+    head as u32 & 0xffff
 }
 
-// SAFETY: a `Page` stands for its memory, which has one owner at a time, the pool or a `Frame`; only under a borrow of
-// the frame is it looked at.
-unsafe impl Send for Page {}
-// SAFETY: as above; whoever shares a frame can only read it.
-unsafe impl Sync for Page {}
+/// How many are out: frames, and the pool while it has a handle.
+const fn out(head: u64) -> u64 {
+    (head / OUT) & 0xffff
+}
 
-struct Shared<H: Hypervisor> {
+const fn with_top(head: u64, top: u32) -> u64 {
+    (head & !0xffff) | top as u64
+}
+
+/// A buffer, and what its holder notes with it.
+struct Slot<H: Hypervisor, T> {
+    page: Page,
+    /// In bytes.
+    size: usize,
+    number: u32,
+    /// The number of the free buffer below this one.
+    below: AtomicU32,
+    pool: NonNull<Shared<H, T>>,
+    label: UnsafeCell<T>,
+}
+
+/// A pool's buffers; the free ones are a stack, so that what is handed out is what was used last and is in the caches.
+///
+/// Its head is one number: how often it changed, how many are out, and the number of the buffer on top. Without the first,
+/// a buffer that was taken and came back between another's look and its exchange would look as if it had never gone. Who makes
+/// the second 0 is the last to know of the pool, and frees it.
+struct Shared<H: Hypervisor, T> {
     hv: H,
-    free: ArrayQueue<Page>,
+    head: AtomicU64,
+    slots: Vec<Slot<H, T>>,
     pages: NonZeroUsize,
-    total: usize,
 }
 
-impl<H: Hypervisor> Drop for Shared<H> {
-    fn drop(&mut self) {
-        while let Some(page) = self.free.pop() {
-            // SAFETY: allocated by this count in `FramePool::new`; each frame holds the pool, so none is out.
-            unsafe { self.hv.free_pages(page.base, self.pages) };
+impl<H: Hypervisor, T> Shared<H, T> {
+    fn take(&self) -> Option<NonNull<Slot<H, T>>> {
+        let mut head = self.head.load(Ordering::Acquire);
+        loop {
+            let slot = self.slots.get(top(head) as usize)?;
+            let next = with_top(head, slot.below.load(Ordering::Relaxed));
+            let next = next.wrapping_add(CHANGE + OUT);
+            // Acquire: what its last holder did with it is done.
+            match self.head.compare_exchange_weak(head, next, Ordering::Acquire, Ordering::Acquire)
+            {
+                Ok(_) => return Some(NonNull::from(slot)),
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// # Safety
+    /// Nobody else knows of the pool any more, and all its buffers came back.
+    unsafe fn free(shared: NonNull<Self>) {
+        // SAFETY: it was made of a box, and the caller is the last that has it.
+        let shared = unsafe { Box::from_raw(shared.as_ptr()) };
+        for slot in &shared.slots {
+            // SAFETY: allocated by this count in `FramePool::labelled`, and no frame is out.
+            unsafe { shared.hv.free_pages(slot.page.base, shared.pages) };
         }
     }
 }
 
-/// A fixed number of private buffers of a page or more, handed out as [`Frame`]s; never grows.
-pub struct FramePool<H: Hypervisor>(Arc<Shared<H>>);
+/// A buffer comes back. True for whoever is the last to know of the pool: anybody else may find it gone afterwards, so this is
+/// given no more of it than numbers.
+fn give_back(shared: &AtomicU64, number: u32, below: &AtomicU32) -> bool {
+    let mut head = shared.load(Ordering::Relaxed);
+    loop {
+        below.store(top(head), Ordering::Relaxed);
+        let next = with_top(head, number).wrapping_add(CHANGE - OUT);
+        // Release: what was done with it is done for who takes it next; acquire, for who frees it.
+        match shared.compare_exchange_weak(head, next, Ordering::AcqRel, Ordering::Relaxed) {
+            Ok(_) => return out(next) == 0,
+            Err(now) => head = now,
+        }
+    }
+}
 
-impl<H: Hypervisor> Clone for FramePool<H> {
+/// The handles of a pool.
+struct Handle<H: Hypervisor, T>(NonNull<Shared<H, T>>);
+
+// SAFETY: what is shared of a pool is its head and the numbers, which are atomic, and a label is its frame's; a pool that
+// goes takes its labels with it.
+unsafe impl<H: Hypervisor, T: Send> Send for Handle<H, T> {}
+// SAFETY: as above.
+unsafe impl<H: Hypervisor, T: Send> Sync for Handle<H, T> {}
+
+impl<H: Hypervisor, T> Handle<H, T> {
+    fn shared(&self) -> &Shared<H, T> {
+        // SAFETY: a pool with a handle is not freed.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl<H: Hypervisor, T> Drop for Handle<H, T> {
+    fn drop(&mut self) {
+        // The top stays, so no look at it is made wrong by this.
+        let before = self.shared().head.fetch_sub(OUT, Ordering::AcqRel);
+        if out(before) == 1 {
+            // SAFETY: no frame is out, and no handle is left to take one.
+            unsafe { Shared::free(self.0) };
+        }
+    }
+}
+
+/// A fixed number of private buffers of a page or more, handed out as [`Frame`]s; never grows. With each goes a `T`, in which its
+/// holder notes what belongs to it: what is moved about is then small.
+pub struct FramePool<H: Hypervisor, T = ()>(Arc<Handle<H, T>>);
+
+impl<H: Hypervisor, T> Clone for FramePool<H, T> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 }
 
 impl<H: Hypervisor> FramePool<H> {
-    /// `count` buffers of `pages` adjacent pages, or as many as there is memory for: see [`total`](Self::total).
+    /// `count` buffers (65,534 at most) of `pages` adjacent pages, or as many as there is memory for: see [`total`](Self::total).
     #[must_use]
     pub fn new(hv: &H, count: NonZeroUsize, pages: NonZeroUsize) -> Self {
-        let free = ArrayQueue::new(count.get());
-        let mut total = 0;
-        while total < count.get() {
-            let Some(base) = hv.alloc_pages(pages) else { break };
-            let page = Page { base, gfn: hv.virt_to_gfn(base) };
-            if free.push(page).is_err() {
-                break;
-            }
-            total += 1;
-        }
-        Self(Arc::new(Shared { hv: hv.clone(), free, pages, total }))
+        Self::labelled(hv, count, pages)
     }
+}
 
-    /// A frame, with whatever its last user left in it. `None` when all are out.
+impl<H: Hypervisor, T: Default> FramePool<H, T> {
+    /// As [`new`](FramePool::new), with a label for each.
     #[must_use]
-    pub fn take(&self) -> Option<Frame<H>> {
-        self.0.free.pop().map(|page| Frame { page, pool: Arc::clone(&self.0) })
+    pub fn labelled(hv: &H, count: NonZeroUsize, pages: NonZeroUsize) -> Self {
+        let count = count.get().min(MAX);
+        let shared = Shared { hv: hv.clone(), head: AtomicU64::new(0), slots: Vec::new(), pages };
+        let mut pool = NonNull::from(Box::leak(Box::new(shared)));
+        let mut slots = Vec::with_capacity(count);
+        let mut top = BOTTOM;
+        for number in (0..).take(count) {
+            let Some(base) = hv.alloc_pages(pages) else { break };
+            slots.push(Slot {
+                page: Page { base, gfn: hv.virt_to_gfn(base) },
+                size: pages.get().saturating_mul(PAGE_SIZE),
+                number,
+                below: AtomicU32::new(top),
+                pool,
+                label: UnsafeCell::default(),
+            });
+            top = number;
+        }
+        // SAFETY: made above, and nobody else knows of it yet.
+        let shared = unsafe { pool.as_mut() };
+        shared.slots = slots;
+        // The pool itself is out.
+        shared.head = AtomicU64::new(with_top(OUT, top));
+        Self(Arc::new(Handle(pool)))
+    }
+}
+
+impl<H: Hypervisor, T> FramePool<H, T> {
+    /// A frame, with whatever its last user left in it and in its label. `None` when all are out.
+    #[must_use]
+    pub fn take(&self) -> Option<Frame<H, T>> {
+        self.0.shared().take().map(Frame)
     }
 
     /// Frames not handed out.
     #[must_use]
     pub fn free(&self) -> usize {
-        self.0.free.len()
+        let out = out(self.0.shared().head.load(Ordering::Relaxed)) as usize;
+        (self.total() + 1).saturating_sub(out)
     }
 
     /// Frames there are.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.0.total
+        self.0.shared().slots.len()
     }
 }
 
-impl<H: Hypervisor> fmt::Debug for FramePool<H> {
+impl<H: Hypervisor, T> fmt::Debug for FramePool<H, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "FramePool({} of {} free)", self.free(), self.total())
     }
 }
 
-/// A private buffer of whole pages; goes back to its pool when dropped.
-pub struct Frame<H: Hypervisor> {
-    page: Page,
-    pool: Arc<Shared<H>>,
-}
+/// A private buffer of whole pages and its label; goes back to its pool when dropped. It is one pointer, so moving it costs
+/// nothing.
+pub struct Frame<H: Hypervisor, T = ()>(NonNull<Slot<H, T>>);
 
-impl<H: Hypervisor> Frame<H> {
+// SAFETY: a frame is the only one of its slot, so sending it sends the buffer and the label.
+unsafe impl<H: Hypervisor, T: Send> Send for Frame<H, T> {}
+// SAFETY: who shares a frame can read the buffer, and the label as `&T`.
+unsafe impl<H: Hypervisor, T: Sync> Sync for Frame<H, T> {}
+
+impl<H: Hypervisor, T> Frame<H, T> {
+    fn slot(&self) -> &Slot<H, T> {
+        // SAFETY: a pool of which a frame is out is not freed.
+        unsafe { self.0.as_ref() }
+    }
+
     /// How many bytes it has.
     #[must_use]
     pub fn size(&self) -> usize {
-        self.pool.pages.get().saturating_mul(PAGE_SIZE)
+        self.slot().size
     }
 
     /// The first of its frames; the others follow.
     #[must_use]
     pub fn gfn(&self) -> Gfn {
-        self.page.gfn
+        self.slot().page.gfn
     }
 
     /// Its bytes.
@@ -114,126 +238,73 @@ impl<H: Hypervisor> Frame<H> {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: these pages are ours, were zeroed when allocated, and are never granted; Xen writes them only
         // in `CopyBatch::submit`, which holds a unique borrow.
-        unsafe { slice::from_raw_parts(self.page.base.as_ptr(), self.size()) }
+        unsafe { slice::from_raw_parts(self.slot().page.base.as_ptr(), self.size()) }
     }
 
     /// Its bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is unique.
-        unsafe { slice::from_raw_parts_mut(self.page.base.as_ptr(), self.size()) }
+        unsafe { slice::from_raw_parts_mut(self.slot().page.base.as_ptr(), self.size()) }
+    }
+
+    /// What was noted with it.
+    #[must_use]
+    pub fn label(&self) -> &T {
+        // SAFETY: of a slot that is out there is one frame, and this borrows it.
+        unsafe { &*self.slot().label.get() }
+    }
+
+    /// What was noted with it, to change.
+    pub fn label_mut(&mut self) -> &mut T {
+        // SAFETY: as above, and the borrow is unique.
+        unsafe { &mut *self.slot().label.get() }
     }
 
     /// The buffer as something to copy out of.
     #[must_use]
     pub fn span(&self) -> Span<'_> {
-        Span(Extent { first: self.page, offset: 0, len: self.size() }, PhantomData)
+        Span::new(Extent::whole(self.slot().page, self.size()))
     }
 
     /// The buffer as something to copy into.
     pub fn span_mut(&mut self) -> SpanMut<'_> {
-        SpanMut(Extent { first: self.page, offset: 0, len: self.size() }, PhantomData)
-    }
-}
-
-impl<H: Hypervisor> Drop for Frame<H> {
-    fn drop(&mut self) {
-        // The queue was made as large as the number of pages, so there is room.
-        let _ = self.pool.free.push(self.page);
-    }
-}
-
-impl<H: Hypervisor> fmt::Debug for Frame<H> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Frame({})", self.page.gfn)
-    }
-}
-
-/// Bytes within adjacent private pages.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Extent {
-    /// The first page of the buffer.
-    first: Page,
-    offset: usize,
-    len: usize,
-}
-
-impl Extent {
-    fn split_at(self, at: usize) -> (Self, Self) {
-        let at = at.min(self.len);
-        (Self { len: at, ..self }, Self { offset: self.offset + at, len: self.len - at, ..self })
+        self.split_mut().0
     }
 
-    /// Takes off what lies in the first page: that page, where in there, and how many bytes. `None` when empty.
-    pub(crate) fn next_page(&mut self) -> Option<(Page, u16, u16)> {
-        let within = self.offset % PAGE_SIZE;
-        let (head, rest) = self.split_at(PAGE_SIZE - within);
-        if head.len == 0 {
-            return None;
+    /// The buffer as something to copy into, and what was noted with it.
+    pub fn split_mut(&mut self) -> (SpanMut<'_>, &mut T) {
+        let slot = self.slot();
+        // SAFETY: as in `label_mut`. The buffer is no part of the label.
+        let label = unsafe { &mut *slot.label.get() };
+        (SpanMut::new(Extent::whole(slot.page, slot.size)), label)
+    }
+
+    /// Its bytes and what was noted with it, to change.
+    pub fn parts_mut(&mut self) -> (&mut [u8], &mut T) {
+        let slot = self.slot();
+        // SAFETY: as in `bytes_mut` and `label_mut`. The buffer is no part of the label.
+        unsafe {
+            let bytes = slice::from_raw_parts_mut(slot.page.base.as_ptr(), slot.size);
+            (bytes, &mut *slot.label.get())
         }
-        *self = rest;
-        let index = head.offset / PAGE_SIZE;
-        // SAFETY: an extent is part of its buffer, and this one has bytes, so the page that they begin in is too.
-        let base = unsafe { self.first.base.add(index * PAGE_SIZE) };
-        let page = Page { base, gfn: Gfn(self.first.gfn.0 + index as u64) };
-        Some((page, within as u16, head.len as u16))
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// How many pages it touches.
-    pub(crate) fn pages(&self) -> usize {
-        if self.len == 0 { 0 } else { (self.offset % PAGE_SIZE + self.len).div_ceil(PAGE_SIZE) }
     }
 }
 
-/// Part of a private buffer, to copy out of; borrows it for as long as Xen may read it.
-#[derive(Clone, Copy, Debug)]
-pub struct Span<'f>(pub(crate) Extent, PhantomData<&'f [u8]>);
-
-/// Part of a private buffer, to copy into; borrows it for as long as Xen may write it.
-#[derive(Debug)]
-pub struct SpanMut<'f>(pub(crate) Extent, PhantomData<&'f mut [u8]>);
-
-impl<'f> Span<'f> {
-    /// The first `at` bytes (or all there are), and the rest.
-    #[must_use]
-    pub fn split_at(self, at: usize) -> (Span<'f>, Span<'f>) {
-        let (head, rest) = self.0.split_at(at);
-        (Span(head, PhantomData), Span(rest, PhantomData))
-    }
-
-    /// Length in bytes.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether nothing is left of it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+impl<H: Hypervisor, T> Drop for Frame<H, T> {
+    fn drop(&mut self) {
+        let slot = self.slot();
+        let pool = slot.pool;
+        // SAFETY: a pool of which a frame is out is not freed.
+        let head = unsafe { &pool.as_ref().head };
+        if give_back(head, slot.number, &slot.below) {
+            // SAFETY: no other frame is out, and there is no handle to take one.
+            unsafe { Shared::free(pool) };
+        }
     }
 }
 
-impl<'f> SpanMut<'f> {
-    /// The first `at` bytes (or all there are), and the rest.
-    #[must_use]
-    pub fn split_at(self, at: usize) -> (SpanMut<'f>, SpanMut<'f>) {
-        let (head, rest) = self.0.split_at(at);
-        (SpanMut(head, PhantomData), SpanMut(rest, PhantomData))
-    }
-
-    /// Length in bytes.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Whether nothing is left of it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+impl<H: Hypervisor, T> fmt::Debug for Frame<H, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Frame({})", self.gfn())
     }
 }

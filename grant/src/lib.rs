@@ -9,10 +9,12 @@ mod frame;
 mod map;
 mod parked;
 mod shared;
+mod span;
 mod table;
 
 pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan, copy_is_missing};
-pub use frame::{Frame, FramePool, Span, SpanMut};
+pub use frame::{Frame, FramePool};
 pub use map::{ForeignPage, MapError, MapOps, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};
+pub use span::{Span, SpanMut};
 pub use table::{GrantError, GrantTable, GrantedPage};

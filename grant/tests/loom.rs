@@ -1,4 +1,5 @@
-//! A reference that is given back and used again while Xen looks at it: nobody reaches a page that is no longer granted.
+//! A reference that is given back and used again while Xen looks at it: nobody reaches a page that is no longer granted. The
+//! pool of buffers has a model of its own.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test -p grant --release --test loom`
 //!
@@ -8,6 +9,9 @@
 //! writes of the word are exchanges here.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 #![cfg(loom)]
+
+#[path = "loom/pool.rs"]
+mod pool;
 
 use std::sync::Arc;
 
