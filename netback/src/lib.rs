@@ -34,7 +34,7 @@ pub use backend::{Backend, Config, SwitchCounters, VifStatus};
 pub use fault::{Refusal, VifFault};
 pub use hotplug::Hotplug;
 pub use negotiate::{MAX_QUEUES, OFFERED};
-pub use packet::{Flow, Packet, PoolUse, Pools};
+pub use packet::{Flow, Label, Packet, PoolUse, Pools};
 pub use vif::{Notice, VifId};
 
 /// The repository's README, so that its example is compiled.

@@ -1,7 +1,9 @@
 //! A packet on its way through the backend: private bytes in one piece, and what is still to be done to them.
 
 use core::fmt;
+use core::mem;
 use core::num::NonZeroUsize;
+use core::ops::{Deref, DerefMut};
 
 use grant::{Frame, FramePool, SharedMemory, SpanMut};
 use hypercall::{Gfn, Hypervisor, Instant, PAGE_SIZE};
@@ -33,10 +35,13 @@ pub(crate) enum Rest<H: Hypervisor> {
     Lent(Loan<H>),
 }
 
-/// A packet: its headers, and often all of it, in memory that no peer can see.
-pub struct Packet<H: Hypervisor> {
-    frame: Frame<H>,
-    /// Bytes in `frame`. Packets are moved about a lot: every field is as small as it can be.
+/// A packet: its headers, and often all of it, in memory that no peer can see. Packets are moved about a lot, so what is
+/// known of one stays with its buffer, and this is one pointer to both.
+pub struct Packet<H: Hypervisor>(Frame<H, Label<H>>);
+
+/// What is known of a packet.
+pub struct Label<H: Hypervisor> {
+    /// Bytes in the frame.
     private: u32,
     len: u32,
     pub(crate) rest: Rest<H>,
@@ -59,18 +64,63 @@ pub struct Packet<H: Hypervisor> {
     pub arrived: Instant,
 }
 
+impl<H: Hypervisor> Label<H> {
+    fn new(len: usize, now: Instant) -> Self {
+        Self {
+            private: small(len),
+            len: small(len),
+            rest: Rest::None,
+            path: Datapath::Copy,
+            pieces: 0,
+            to_queue: 0,
+            checksum: Checksum::default(),
+            gso: None,
+            hash: None,
+            flow: Flow::default(),
+            arrived: now,
+        }
+    }
+}
+
+impl<H: Hypervisor> Default for Label<H> {
+    fn default() -> Self {
+        Self::new(0, Instant::default())
+    }
+}
+
+impl<H: Hypervisor> Deref for Packet<H> {
+    type Target = Label<H>;
+
+    fn deref(&self) -> &Label<H> {
+        self.0.label()
+    }
+}
+
+impl<H: Hypervisor> DerefMut for Packet<H> {
+    fn deref_mut(&mut self) -> &mut Label<H> {
+        self.0.label_mut()
+    }
+}
+
+impl<H: Hypervisor> Drop for Packet<H> {
+    fn drop(&mut self) {
+        // The label stays with the buffer, and what it holds may be wanted elsewhere.
+        self.rest = Rest::None;
+    }
+}
+
 impl<H: Hypervisor> Packet<H> {
     /// The bytes that are in memory of ours: an Ethernet frame without trailer. All of them, unless the packet is
     /// [mapped](Self::is_lent) or goes from guest to guest: then the first 128.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        self.frame.bytes().get(..self.private()).unwrap_or_default()
+        self.0.bytes().get(..self.private()).unwrap_or_default()
     }
 
     /// Its private bytes, to change.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         let private = self.private();
-        self.frame.bytes_mut().get_mut(..private).unwrap_or_default()
+        self.0.bytes_mut().get_mut(..private).unwrap_or_default()
     }
 
     fn private(&self) -> usize {
@@ -109,20 +159,20 @@ impl<H: Hypervisor> Packet<H> {
 
     /// Whether its buffer is one of 64 KiB.
     pub(crate) fn is_large(&self) -> bool {
-        self.frame.size() > PAGE_SIZE
+        self.0.size() > PAGE_SIZE
     }
 
-    pub(crate) fn frame(&self) -> &Frame<H> {
-        &self.frame
+    pub(crate) fn frame(&self) -> &Frame<H, Label<H>> {
+        &self.0
     }
 
-    pub(crate) fn frame_mut(&mut self) -> &mut Frame<H> {
-        &mut self.frame
+    pub(crate) fn frame_mut(&mut self) -> &mut Frame<H, Label<H>> {
+        &mut self.0
     }
 
     /// Makes it shorter, or as long as its buffer allows.
     pub(crate) fn set_len(&mut self, len: usize) {
-        self.len = small(len.min(self.frame.size()));
+        self.len = small(len.min(self.0.size()));
         self.private = self.len;
     }
 
@@ -136,12 +186,13 @@ impl<H: Hypervisor> Packet<H> {
     /// what is still to be filled in: everything from the first byte that it returns.
     pub(crate) fn grow(&mut self, pools: &Pools<H>) -> Option<usize> {
         let filled = self.private();
-        if self.frame.size() < self.len() {
+        if self.0.size() < self.len() {
             let mut frame = pools.frame(self.len())?;
             for (to, from) in frame.bytes_mut().iter_mut().zip(self.bytes()) {
                 *to = *from;
             }
-            self.frame = frame;
+            mem::swap(frame.label_mut(), self);
+            self.0 = frame;
         }
         Some(filled)
     }
@@ -163,8 +214,9 @@ impl<H: Hypervisor> Packet<H> {
             return false;
         }
         let Some(at) = self.grow(pools) else { return false };
-        let Rest::Lent(loan) = &self.rest else { return false };
-        let Some(to) = self.frame.bytes_mut().get_mut(at..self.len as usize) else { return false };
+        let (bytes, label) = self.0.parts_mut();
+        let Rest::Lent(loan) = &label.rest else { return false };
+        let Some(to) = bytes.get_mut(at..label.len as usize) else { return false };
         if !read_lent(loan.pages(), 0, to) {
             return false;
         }
@@ -204,7 +256,7 @@ impl<H: Hypervisor> Packet<H> {
     /// The [private](Self::bytes) part, for a device that reads or writes by bus address, a page at a time. `None` for a page
     /// that is not within reach of any address.
     pub fn dma_own(&self, rule: OwnRule) -> impl Iterator<Item = Option<DmaPiece>> {
-        let Gfn(first) = self.frame.gfn();
+        let Gfn(first) = self.0.gfn();
         (0..self.private().div_ceil(PAGE_SIZE)).map(move |index| {
             let left = self.private().checked_sub(index.checked_mul(PAGE_SIZE)?)?;
             let len = u16::try_from(left.min(PAGE_SIZE)).ok()?;
@@ -223,14 +275,15 @@ impl<H: Hypervisor> Packet<H> {
 
     /// The part of the frame that is still to be filled, and what says with what. `None` if there is nothing to fill.
     pub(crate) fn unfilled(&mut self) -> Option<(SpanMut<'_>, &Token<H>)> {
-        let Rest::Taken(token) = &self.rest else { return None };
-        let whole = self.frame.span_mut().split_at(self.len as usize).0;
-        Some((whole.split_at(self.private as usize).1, token))
+        let (whole, label) = self.0.split_mut();
+        let Rest::Taken(token) = &label.rest else { return None };
+        let whole = whole.split_at(label.len as usize).0;
+        Some((whole.split_at(label.private as usize).1, token))
     }
 
     /// The duty to answer for it, if it is open.
     pub(crate) fn take_token(&mut self) -> Option<Token<H>> {
-        match core::mem::replace(&mut self.rest, Rest::None) {
+        match mem::replace(&mut self.rest, Rest::None) {
             Rest::Taken(token) => Some(token),
             rest => {
                 self.rest = rest;
@@ -267,8 +320,8 @@ fn read_lent<H: Hypervisor>(pages: &[LentPage<H>], mut skip: usize, mut to: &mut
 /// The buffers that all packets live in. Fixed in number: when all are out, senders wait.
 #[derive(Clone, Debug)]
 pub struct Pools<H: Hypervisor> {
-    small: FramePool<H>,
-    large: FramePool<H>,
+    small: FramePool<H, Label<H>>,
+    large: FramePool<H, Label<H>>,
 }
 
 /// How many of a pool's buffers are free, of how many.
@@ -285,8 +338,8 @@ impl<H: Hypervisor> Pools<H> {
     #[must_use]
     pub fn new(hv: &H, small: NonZeroUsize, large: NonZeroUsize) -> Self {
         Self {
-            small: FramePool::new(hv, small, NonZeroUsize::MIN),
-            large: FramePool::new(hv, large, LARGE),
+            small: FramePool::labelled(hv, small, NonZeroUsize::MIN),
+            large: FramePool::labelled(hv, large, LARGE),
         }
     }
 
@@ -294,25 +347,13 @@ impl<H: Hypervisor> Pools<H> {
     /// size is free.
     #[must_use]
     pub fn packet(&self, len: usize, now: Instant) -> Option<Packet<H>> {
-        let frame = self.frame(len)?;
-        let len = small(len.min(frame.size()));
-        Some(Packet {
-            frame,
-            private: len,
-            len,
-            rest: Rest::None,
-            path: Datapath::Copy,
-            pieces: 0,
-            to_queue: 0,
-            checksum: Checksum::default(),
-            gso: None,
-            hash: None,
-            flow: Flow::default(),
-            arrived: now,
-        })
+        let mut frame = self.frame(len)?;
+        let len = len.min(frame.size());
+        *frame.label_mut() = Label::new(len, now);
+        Some(Packet(frame))
     }
 
-    fn frame(&self, len: usize) -> Option<Frame<H>> {
+    fn frame(&self, len: usize) -> Option<Frame<H, Label<H>>> {
         let pool = if len <= PAGE_SIZE { &self.small } else { &self.large };
         pool.take()
     }

@@ -329,7 +329,7 @@ impl<H: Hypervisor> RxQueue<H> {
         let Self { ring, origin, batch, requests: behind, counters, drops, paths, .. } = self;
         let headroom = self.headroom;
         let mut behind = behind.drain(..);
-        for InFlight { packet, slots, copies, path } in batch.drain(..) {
+        for InFlight { mut packet, slots, copies, path } in batch.drain(..) {
             let pieces = pieces_of(&packet, headroom, open_of(&packet, table));
             let shape = shape(&packet, headroom, &pieces);
             let arrived = match results {
@@ -354,17 +354,15 @@ impl<H: Hypervisor> RxQueue<H> {
                     counters.bytes += len as u64;
                 });
             }
-            match packet.rest {
-                Rest::Taken(token) => {
+            match packet.take_token() {
+                Some(token) => {
                     let Some(open) = table.take(token) else { continue };
                     let copies = copies.len();
                     // Nobody is to blame where Xen did not look.
                     let failed = !arrived && results.is_some();
                     relayed.push(Relayed { open, to: *origin, len, copies, failed });
                 }
-                Rest::None | Rest::Lent(_) => {
-                    drops.grant += u64::from(!arrived && results.is_some())
-                }
+                None => drops.grant += u64::from(!arrived && results.is_some()),
             }
         }
         Ok(())
