@@ -9,10 +9,10 @@ use hypercall::abi::{
 };
 use hypercall::{Errno, GrantRef, GrantStatus, Hypervisor, Window};
 
-use crate::span::Page;
 use crate::map::{MapRequest, Mapper};
 use crate::parked::{Books, unmap_op};
 use crate::shared::{SharedMemory, SharedPage};
+use crate::span::Page;
 
 /// One end of a copy.
 #[derive(Clone, Copy, Debug)]

@@ -114,6 +114,7 @@ pub struct CopyBatch<'b, 'f> {
 
 impl<'b, 'f> CopyBatch<'b, 'f> {
     /// Adds a copy; `own` is the page of ours at one end of it.
+    #[inline]
     fn push(&mut self, source: CopyEnd, dest: CopyEnd, len: u16, flags: u16, own: Option<Page>) {
         self.ops.ops.push(GrantCopy { source, dest, len, flags, status: GrantStatus::UNTOUCHED });
         if let Some(by_mapping) = &mut self.ops.by_mapping {
@@ -122,6 +123,7 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
     }
 
     /// Adds a copy for each page of ours that the bytes touch.
+    #[inline]
     fn push_local(
         &mut self,
         peer: PeerSpan,
@@ -132,10 +134,18 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
         if own.len() > peer.offset.room() {
             return Err(CopyError::CrossesPage);
         }
-        if own.pages() > self.room() {
+        let one = own.in_one_page();
+        if one.map_or_else(|| own.pages(), |_| 1) > self.room() {
             return Err(CopyError::Full);
         }
         let first = self.next();
+        // Mostly they touch one.
+        if let Some((page, within, len)) = one {
+            let theirs = CopyEnd::granted(peer.domain, peer.gref, peer.offset.get());
+            let (source, dest) = ends(theirs, CopyEnd::own(page.gfn, within));
+            self.push(source, dest, len, flags, Some(page));
+            return Ok(CopyRange { first, end: self.next() });
+        }
         let mut offset = peer.offset.get();
         while let Some((page, within, len)) = own.next_page() {
             let theirs = CopyEnd::granted(peer.domain, peer.gref, offset);
@@ -153,6 +163,7 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
     ///
     /// # Errors
     /// As [`CopyError`] says.
+    #[inline]
     pub fn pull(&mut self, from: PeerSpan, to: SpanMut<'f>) -> Result<CopyRange, CopyError> {
         self.push_local(from, to.0, GNTCOPY_SOURCE_GREF, |theirs, ours| (theirs, ours))
     }
@@ -161,6 +172,7 @@ impl<'b, 'f> CopyBatch<'b, 'f> {
     ///
     /// # Errors
     /// As [`CopyError`] says.
+    #[inline]
     pub fn deliver(&mut self, from: Span<'f>, to: PeerSpan) -> Result<CopyRange, CopyError> {
         self.push_local(to, from.0, GNTCOPY_DEST_GREF, |theirs, ours| (ours, theirs))
     }

@@ -53,6 +53,13 @@ impl Extent {
         Some((page, within as u16, head.len as u16))
     }
 
+    /// If it begins in its first page and ends there, and is not empty: that page, where in there, and how many bytes.
+    #[inline]
+    pub(crate) fn in_one_page(&self) -> Option<(Page, u16, u16)> {
+        let inside = self.len > 0 && self.offset + self.len <= PAGE_SIZE;
+        inside.then_some((self.first, self.offset as u16, self.len as u16))
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }

@@ -261,12 +261,21 @@ impl Switch {
     /// A port that has all it may have loses its own longest unheard address. What the local port has, no other can take,
     /// the uplink as little as a vif.
     pub fn learn(&mut self, src: MacAddr, port: PortId, now: Instant) -> Learned {
+        let last = self.ports.get(usize::from(port.0)).map_or(NONE, |list| list.last);
+        // Most frames are of whom their port heard last. An address that is in the table may be there.
+        if let Some(node) = self.nodes.get_mut(usize::from(last))
+            && node.mac == src
+            && !node.is_aged(now)
+        {
+            node.heard = now;
+            self.all.touch(&mut self.nodes, last, Order::All);
+            return Learned::Known;
+        }
         if !src.is_station() || (src == MacAddr::BACKEND && port != PortId::LOCAL) {
             return Learned::Refused;
         }
-        let last = self.ports.get(usize::from(port.0)).map_or(NONE, |list| list.last);
-        let known = self.holds(last, src).or_else(|| self.find(src));
-        let known = known.and_then(|index| Some((index, *self.nodes.get(usize::from(index))?)));
+        let known =
+            self.find(src).and_then(|index| Some((index, *self.nodes.get(usize::from(index))?)));
         match known {
             Some((index, node)) if node.is_aged(now) => self.remove(index),
             Some((index, node)) if node.port == port => {
