@@ -7,7 +7,7 @@ use netif::mac::MacAddr;
 use netif::slot::TxStatus;
 
 use crate::backend::{Backend, port_of, vif_at};
-use crate::datapath::{Datapath, Fallback, Target, choose};
+use crate::datapath::{Datapath, Datapaths, Fallback, Target, choose};
 use crate::deliver::{Fit, Taker, fit, takes_as_is};
 use crate::packet::{Packet, Rest};
 use crate::round::{COPIES, queue_of, source};
@@ -51,19 +51,32 @@ impl<H: Hypervisor> Backend<H> {
             queue.rx.count_waiting();
         }
         let mut staging = core::mem::take(&mut self.scratch.staging);
-        for staged in &mut staging {
+        let mut later = core::mem::take(&mut self.scratch.later);
+        for mut staged in staging.drain(..) {
             tap(&staged.packet);
-            staged.plan = self.plan(&mut staged.packet, staged.from, now);
-        }
-        self.map(&mut staging, now);
-        self.fetch(&mut staging);
-        for staged in staging.drain(..) {
-            match staged.plan {
-                Plan::Forward(to) => self.forward(staged.packet, staged.from, to, now),
-                Plan::Fetch(_) | Plan::Map(..) | Plan::Drop => {}
+            match self.plan(&mut staged.packet, staged.from, now) {
+                // What is behind one that has to wait waits with it: order matters.
+                Plan::Forward(to) if later.is_empty() => {
+                    self.forward(staged.packet, staged.from, to, now);
+                }
+                Plan::Drop => {}
+                plan => {
+                    staged.plan = plan;
+                    later.push(staged);
+                }
             }
         }
-        self.scratch.staging = staging;
+        if !later.is_empty() {
+            self.map(&mut later, now);
+            self.fetch(&mut later);
+            for staged in later.drain(..) {
+                match staged.plan {
+                    Plan::Forward(to) => self.forward(staged.packet, staged.from, to, now),
+                    Plan::Fetch(_) | Plan::Map(..) | Plan::Drop => {}
+                }
+            }
+        }
+        (self.scratch.staging, self.scratch.later) = (staging, later);
     }
 
     /// Decides where a packet goes, and how.
@@ -135,6 +148,10 @@ impl<H: Hypervisor> Backend<H> {
         let Some(queue) = vif.queues.get_mut(usize::from(packet.to_queue)) else {
             return Target::Guest { ready: false, as_is: false };
         };
+        if !self.modes.up().local.contains(Datapaths::DIRECT) {
+            // Nobody is to know then whether there are pages for it.
+            return Target::Guest { ready: false, as_is: false };
+        }
         queue.rx.promise(packet);
         if packet.len() < self.config.policy.direct_from.into() {
             // It is copied, whatever the guest can take.
@@ -159,7 +176,7 @@ impl<H: Hypervisor> Backend<H> {
         });
         let requests = requests.flat_map(|(open, private)| {
             let domain = open.domain;
-            let slots = rest_of(&open.chain, private);
+            let slots = rest_of(&open.chain.slots, private);
             slots.map(move |(gref, ..)| MapRequest { domain, gref, read_only: true })
         });
         mapper.map_batch(map_ops, requests, |result| scratch.mapped.push(result));
@@ -181,7 +198,7 @@ impl<H: Hypervisor> Backend<H> {
             let origin = open.origin;
             let mut good = path != Datapath::MapIdentity || identity;
             let mut pages = heapless::Vec::new();
-            for (_, offset, len) in rest_of(&open.chain, packet.bytes().len()) {
+            for (_, offset, len) in rest_of(&open.chain.slots, packet.bytes().len()) {
                 match results.next() {
                     Some(Ok(page)) => {
                         let offset = offset.get();
@@ -244,8 +261,9 @@ impl<H: Hypervisor> Backend<H> {
                 }
                 let private = packet.bytes().len();
                 let open = packet.unfilled().and_then(|(to, token)| Some((to, table.get(token)?)));
-                let added =
-                    open.map(|(to, open)| pull(&mut copies, open.domain, &open.chain, private, to));
+                let added = open.map(|(to, open)| {
+                    pull(&mut copies, open.domain, &open.chain.slots, private, to)
+                });
                 match added {
                     Some(Ok(added)) => *range = added,
                     Some(Err(_)) | None => *plan = Plan::Drop,

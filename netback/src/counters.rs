@@ -108,6 +108,19 @@ impl Fallbacks {
     }
 }
 
+/// Copies of a batch, by way.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct CopyCount([u32; Datapath::ALL.len()]);
+
+impl CopyCount {
+    #[inline]
+    pub(crate) fn add(&mut self, path: Datapath, copies: usize) {
+        if let Some(sum) = self.0.get_mut(path.index()) {
+            *sum += copies as u32;
+        }
+    }
+}
+
 /// Counters of each way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Paths([PathCounters; Datapath::ALL.len()]);
@@ -135,16 +148,10 @@ impl Paths {
     }
 
     /// A batch of copies was done in one hypercall, for each way that some of them were of.
-    pub(crate) fn count_hypercalls(&mut self, copies: impl Iterator<Item = (Datapath, usize)>) {
-        let mut sums = [0; Datapath::ALL.len()];
-        for (path, copies) in copies {
-            if let Some(sum) = sums.get_mut(path.index()) {
-                *sum += copies;
-            }
-        }
+    pub(crate) fn count_hypercalls(&mut self, CopyCount(sums): CopyCount) {
         for (counters, copies) in self.0.iter_mut().zip(sums) {
             counters.hypercalls += u64::from(copies > 0);
-            counters.copies += copies as u64;
+            counters.copies += u64::from(copies);
         }
     }
 

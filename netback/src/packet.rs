@@ -65,10 +65,21 @@ pub struct Label<H: Hypervisor> {
 }
 
 impl<H: Hypervisor> Label<H> {
-    fn new(len: usize, now: Instant) -> Self {
+    /// Forgets the packet before, which has left nothing in `rest`.
+    fn begin(&mut self, len: usize, now: Instant) {
+        (self.private, self.len) = (small(len), small(len));
+        (self.path, self.pieces) = (Datapath::Copy, 0);
+        (self.to_queue, self.flow) = (0, Flow::default());
+        (self.checksum, self.gso, self.hash) = (Checksum::default(), None, None);
+        self.arrived = now;
+    }
+}
+
+impl<H: Hypervisor> Default for Label<H> {
+    fn default() -> Self {
         Self {
-            private: small(len),
-            len: small(len),
+            private: 0,
+            len: 0,
             rest: Rest::None,
             path: Datapath::Copy,
             pieces: 0,
@@ -77,14 +88,8 @@ impl<H: Hypervisor> Label<H> {
             gso: None,
             hash: None,
             flow: Flow::default(),
-            arrived: now,
+            arrived: Instant::default(),
         }
-    }
-}
-
-impl<H: Hypervisor> Default for Label<H> {
-    fn default() -> Self {
-        Self::new(0, Instant::default())
     }
 }
 
@@ -105,7 +110,10 @@ impl<H: Hypervisor> DerefMut for Packet<H> {
 impl<H: Hypervisor> Drop for Packet<H> {
     fn drop(&mut self) {
         // The label stays with the buffer, and what it holds may be wanted elsewhere.
-        self.rest = Rest::None;
+        let rest = &mut self.rest;
+        if !matches!(rest, Rest::None) {
+            *rest = Rest::None;
+        }
     }
 }
 
@@ -177,9 +185,8 @@ impl<H: Hypervisor> Packet<H> {
     }
 
     /// Says that the bytes of the frame are but the first of `len`.
-    pub(crate) fn set_rest(&mut self, len: usize, rest: Rest<H>) {
+    pub(crate) fn set_total(&mut self, len: usize) {
         self.len = small(len).max(self.private);
-        self.rest = rest;
     }
 
     /// Moves what is private to a buffer that has room for all of it; `None`, and nothing changed, if none is free. Answers
@@ -349,7 +356,7 @@ impl<H: Hypervisor> Pools<H> {
     pub fn packet(&self, len: usize, now: Instant) -> Option<Packet<H>> {
         let mut frame = self.frame(len)?;
         let len = len.min(frame.size());
-        *frame.label_mut() = Label::new(len, now);
+        frame.label_mut().begin(len, now);
         Some(Packet(frame))
     }
 

@@ -31,6 +31,8 @@ const STATIC_LINGER: u64 = 10_000_000;
 /// Room that is used anew in each round.
 pub(crate) struct Scratch<H: Hypervisor> {
     pub(crate) staging: Vec<Staged<H>>,
+    /// Of those, what has to be mapped or copied first, and what is behind it.
+    pub(crate) later: Vec<Staged<H>>,
     relayed: Vec<Relayed>,
     pub(crate) mapped: Vec<Result<Mapping<H>, MapError>>,
     returned: Vec<Box<Pages<H>>>,
@@ -41,6 +43,7 @@ impl<H: Hypervisor> Scratch<H> {
     pub(crate) fn new() -> Self {
         Self {
             staging: Vec::with_capacity(256),
+            later: Vec::with_capacity(256),
             relayed: Vec::with_capacity(256),
             mapped: Vec::with_capacity(256),
             returned: Vec::with_capacity(64),
@@ -236,7 +239,7 @@ impl<H: Hypervisor> Backend<H> {
         };
         let mut copies = self.ops.begin();
         let (mut range, mut to) = (CopyRange::default(), packet.frame_mut().span_mut());
-        for (gref, offset, _) in rest_of(&open.chain, 0) {
+        for (gref, offset, _) in rest_of(&open.chain.slots, 0) {
             let (byte, behind) = to.split_at(1);
             to = behind;
             let Ok(copy) = copies.pull(PeerSpan { domain: open.domain, gref, offset }, byte) else {

@@ -10,7 +10,7 @@ use netif::rx::{RxPacket, failed};
 use netif::slot::RxRequest;
 use netif::tx::MAX_SLOTS;
 
-use crate::counters::{Direction, Drops, Paths};
+use crate::counters::{CopyCount, Direction, Drops, Paths};
 use crate::datapath::{Datapath, Datapaths};
 use crate::fault::{Refusals, VifFault};
 use crate::lent::{Open, Origin, Table};
@@ -198,7 +198,16 @@ impl<H: Hypervisor> RxQueue<H> {
     }
 
     /// Whether the guest has posted so many requests; if not, it is asked to notify when it has.
+    #[inline]
     fn has_posted(&mut self, slots: usize, now: Instant) -> Result<bool, VifFault> {
+        // It was not short of any when last looked at, so there is nothing to end.
+        if self.lacking == 0 && self.ring.available() as usize >= slots {
+            return Ok(true);
+        }
+        self.look_for(slots, now)
+    }
+
+    fn look_for(&mut self, slots: usize, now: Instant) -> Result<bool, VifFault> {
         self.lacking = u32::try_from(slots).unwrap_or(u32::MAX);
         if self.ring.available() >= self.lacking || self.ring.arm_for(self.lacking)? {
             self.stall.served();
@@ -261,7 +270,10 @@ impl<H: Hypervisor> RxQueue<H> {
                 continue;
             }
             *room -= copies;
-            self.requests.extend(self.ring.requests().take(slots));
+            for _ in 0..slots {
+                let Some(request) = self.ring.take() else { break };
+                self.requests.push(request);
+            }
             let (copies, path) = (CopyRange::default(), Datapath::Copy);
             self.batch.push(InFlight { packet, slots: requests, copies, path });
         }
@@ -281,6 +293,16 @@ impl<H: Hypervisor> RxQueue<H> {
         for InFlight { packet, slots, copies: range, path } in batch {
             let (requests, rest) = behind.split_at_checked((*slots).into()).unwrap_or_default();
             behind = rest;
+            // Most packets lie in one buffer and go to one page.
+            if let [request] = requests
+                && packet.is_whole()
+                && !up.contains(Datapaths::STATIC)
+            {
+                let bytes = packet.frame().span().split_at(packet.len()).0;
+                let to = PeerSpan { domain, gref: request.gref, offset: *headroom };
+                *range = copies.deliver(bytes, to)?;
+                continue;
+            }
             let open = open_of(packet, table);
             let pieces = pieces_of(packet, *headroom, open);
             let shape = shape(packet, *headroom, &pieces);
@@ -323,13 +345,14 @@ impl<H: Hypervisor> RxQueue<H> {
         table: &mut Table<H>,
         relayed: &mut Vec<Relayed>,
     ) -> Result<(), VifFault> {
-        self.paths.count_hypercalls(self.batch.iter().map(|of| (of.path, of.copies.len())));
         let results = self.refusals.judge(outcome)?;
         self.answered |= !self.batch.is_empty();
         let Self { ring, origin, batch, requests: behind, counters, drops, paths, .. } = self;
         let headroom = self.headroom;
         let mut behind = behind.drain(..);
+        let mut count = CopyCount::default();
         for InFlight { mut packet, slots, copies, path } in batch.drain(..) {
+            count.add(path, copies.len());
             let pieces = pieces_of(&packet, headroom, open_of(&packet, table));
             let shape = shape(&packet, headroom, &pieces);
             let arrived = match results {
@@ -340,7 +363,8 @@ impl<H: Hypervisor> RxQueue<H> {
                 }
                 Some(results) => results.of(copies).is_ok(),
             };
-            for (slot, request) in behind.by_ref().take(slots.into()).enumerate() {
+            for slot in 0..usize::from(slots) {
+                let Some(request) = behind.next() else { break };
                 let response = if arrived { shape.response(slot, request.id) } else { None };
                 ring.push(response.unwrap_or(failed(request.id)))?;
             }
@@ -365,6 +389,7 @@ impl<H: Hypervisor> RxQueue<H> {
                 None => drops.grant += u64::from(!arrived && results.is_some()),
             }
         }
+        paths.count_hypercalls(count);
         Ok(())
     }
 }
@@ -420,7 +445,7 @@ fn relay<'f, H: Hypervisor>(
     let mut range = CopyRange::default();
     let private = packet.bytes().len();
     let mut own = packet.frame().span().split_at(private).0;
-    let mut rest = rest_of(&open.chain, private);
+    let mut rest = rest_of(&open.chain.slots, private);
     let mut piece: Option<(GrantRef, PageOffset, u16)> = None;
     for (mut to, mut left) in parts {
         while left > 0 {

@@ -5,17 +5,17 @@
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::iter;
+use core::{iter, slice};
 
 use grant::{CopyBatch, CopyRange, CopyResults, Mapping, PeerSpan, SharedMemory, SpanMut};
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, Hypervisor, Instant, PAGE_SIZE, PageOffset};
 use netif::offload::{Checksum, check_segmentation};
 use netif::ring::{Notify, TxBackRing};
 use netif::slot::TxStatus;
-use netif::tx::{self, Answers, DropReason, Verdict};
+use netif::tx::{self, Answers, DropReason, Next, Single, TxSlot, Verdict};
 
 use crate::carry::Staged;
-use crate::counters::{Direction, Drops, Fallbacks, Paths};
+use crate::counters::{CopyCount, Direction, Drops, Fallbacks, Paths};
 use crate::datapath::{Datapath, Datapaths, Policy, first_look};
 use crate::fault::{Refusals, VifFault};
 use crate::lent::{Open, Origin, Table};
@@ -47,10 +47,24 @@ pub(crate) enum TxWait {
     Time,
 }
 
+/// The slots of a packet.
+enum Chain {
+    Single(Single),
+    /// The next of [those of several](TxQueue::several), which are large.
+    Several,
+}
+
 struct InFlight<H: Hypervisor> {
     packet: Packet<H>,
-    chain: tx::Packet,
+    chain: Chain,
     copies: CopyRange,
+    status: Result<(), GrantStatus>,
+}
+
+impl<H: Hypervisor> InFlight<H> {
+    fn new(packet: Packet<H>, chain: Chain) -> Self {
+        Self { packet, chain, copies: CopyRange::default(), status: Ok(()) }
+    }
 }
 
 /// What taking packets needs of what is around it.
@@ -80,6 +94,8 @@ pub(crate) struct TxQueue<H: Hypervisor> {
     held: VecDeque<tx::Packet>,
     credit: Credit,
     batch: Vec<InFlight<H>>,
+    /// The chains of several slots that are of the batch's packets, in their order.
+    several: VecDeque<tx::Packet>,
     refusals: Refusals,
     /// Since when a grant could not be looked at.
     again: Option<Instant>,
@@ -109,6 +125,7 @@ impl<H: Hypervisor> TxQueue<H> {
             held: VecDeque::new(),
             credit,
             batch: Vec::with_capacity(BATCH),
+            several: VecDeque::with_capacity(BATCH),
             refusals: Refusals::default(),
             again: None,
             wait: None,
@@ -169,14 +186,20 @@ impl<H: Hypervisor> TxQueue<H> {
         }
         self.ring.poll()?;
         while *budget > 0 && self.batch.len() < BATCH && take.room >= COPIES_PER_PACKET {
-            let wait = match self.held.pop_front() {
+            let held = if self.held.is_empty() { None } else { self.held.pop_front() };
+            let wait = match held {
                 Some(chain) => self.admit(chain, take, statics),
-                None => match tx::assemble(&mut self.ring.requests())? {
+                // Looked at where it is: it is large.
+                None => match tx::next(&mut self.ring.requests()) {
+                    Err(fault) => return Err(fault.into()),
                     // Ask to be woken, and look again: a request may have slipped in.
-                    None if self.ring.arm()? => continue,
-                    None => return Ok(TxWait::Guest),
-                    Some(Verdict::Packet(chain)) => self.admit(chain, take, statics),
-                    Some(Verdict::Drop { reason, answers }) => {
+                    Ok(None) if self.ring.arm()? => continue,
+                    Ok(None) => return Ok(TxWait::Guest),
+                    Ok(Some(Next::Single(single))) => self.admit_single(single, take, statics),
+                    Ok(Some(Next::Other(Verdict::Packet(chain)))) => {
+                        self.admit(chain, take, statics)
+                    }
+                    Ok(Some(Next::Other(Verdict::Drop { reason, answers }))) => {
                         match reason {
                             DropReason::TooManySlots => self.drops.too_many_slots += 1,
                             DropReason::FollowOnsTooLong => self.drops.slots_too_long += 1,
@@ -185,7 +208,7 @@ impl<H: Hypervisor> TxQueue<H> {
                         self.answer(answers, TxStatus::ERROR)?;
                         None
                     }
-                    Some(Verdict::Multicast { change, answers }) => {
+                    Ok(Some(Next::Other(Verdict::Multicast { change, answers }))) => {
                         let status = match &mut filter {
                             Some(filter) => filter.apply(change),
                             None => TxStatus::ERROR,
@@ -203,6 +226,28 @@ impl<H: Hypervisor> TxQueue<H> {
         Ok(TxWait::Budget)
     }
 
+    /// Puts a packet of one slot in the batch, or holds it.
+    #[inline]
+    fn admit_single(
+        &mut self,
+        single: Single,
+        take: &mut Take<'_, H>,
+        statics: &impl Statics<H>,
+    ) -> Option<TxWait> {
+        let Single { slot, checksum, .. } = &single;
+        match self.begin(slice::from_ref(slot), slot.size, take, statics) {
+            Ok(mut packet) => {
+                packet.checksum = *checksum;
+                self.batch.push(InFlight::new(packet, Chain::Single(single)));
+                None
+            }
+            Err(wait) => {
+                self.held.push_front(single.into());
+                Some(wait)
+            }
+        }
+    }
+
     /// Puts a packet in the batch, or holds it. A chain is large, and is moved once.
     fn admit(
         &mut self,
@@ -210,9 +255,12 @@ impl<H: Hypervisor> TxQueue<H> {
         take: &mut Take<'_, H>,
         statics: &impl Statics<H>,
     ) -> Option<TxWait> {
-        match self.begin(&chain, take, statics) {
-            Ok(packet) => {
-                self.batch.push(InFlight { packet, chain, copies: CopyRange::default() });
+        match self.begin(&chain.slots, chain.size, take, statics) {
+            Ok(mut packet) => {
+                packet.checksum = chain.checksum;
+                packet.gso = chain.gso;
+                self.several.push_back(chain);
+                self.batch.push(InFlight::new(packet, Chain::Several));
                 None
             }
             Err(wait) => {
@@ -222,37 +270,37 @@ impl<H: Hypervisor> TxQueue<H> {
         }
     }
 
-    /// A buffer for as much of a chain's packet as is wanted at first.
+    /// A buffer for as much of a packet of `size` bytes as is wanted at first.
+    #[inline]
     fn begin(
         &mut self,
-        chain: &tx::Packet,
+        slots: &[TxSlot],
+        size: u16,
         take: &mut Take<'_, H>,
         statics: &impl Statics<H>,
     ) -> Result<Packet<H>, TxWait> {
         let all_static = take.up.contains(Datapaths::STATIC)
-            && chain.slots.iter().all(|slot| statics.page(slot.gref, false).is_some());
-        let look = match first_look(take.up, take.policy, chain.size, all_static) {
+            && slots.iter().all(|slot| statics.page(slot.gref, false).is_some());
+        let look = match first_look(take.up, take.policy, size, all_static) {
             Datapath::Direct if self.wanted_whole || take.openings == 0 => Datapath::Copy,
             look => look,
         };
         let private = match look {
-            Datapath::Direct => HEADER.min(chain.size.into()),
-            _ => chain.size.into(),
+            Datapath::Direct => HEADER.min(size.into()),
+            _ => size.into(),
         };
         let mut packet = take.pools.packet(private, take.now).ok_or(TxWait::Buffers)?;
-        if let Err(until) = self.credit.allow(chain.size.into(), take.now) {
+        if let Err(until) = self.credit.allow(size.into(), take.now) {
             self.wait = Some(until);
             return Err(TxWait::Time);
         }
         if look == Datapath::Direct {
             take.openings -= 1;
         }
-        packet.set_rest(chain.size.into(), Rest::None);
+        packet.set_total(size.into());
         packet.path = look;
-        packet.checksum = chain.checksum;
-        packet.gso = chain.gso;
         packet.flow = Flow(self.origin.queue);
-        let copies = chain.slots.len() + private.div_ceil(PAGE_SIZE);
+        let copies = slots.len() + private.div_ceil(PAGE_SIZE);
         take.room = take.room.saturating_sub(copies);
         Ok(packet)
     }
@@ -264,10 +312,15 @@ impl<H: Hypervisor> TxQueue<H> {
         statics: &impl Statics<H>,
     ) -> Result<(), VifFault> {
         let domain = self.domain;
-        for InFlight { packet, chain, copies: range } in &mut self.batch {
+        let mut several = self.several.iter();
+        for InFlight { packet, chain, copies: range, .. } in &mut self.batch {
+            let slots = match chain {
+                Chain::Single(single) => slice::from_ref(&single.slot),
+                Chain::Several => several.next().map_or(&[][..], |chain| &chain.slots),
+            };
             if packet.path == Datapath::Static {
                 let mut to = packet.bytes_mut();
-                for slot in &chain.slots {
+                for slot in slots {
                     let Some((part, rest)) = to.split_at_mut_checked(slot.size.into()) else {
                         break;
                     };
@@ -279,7 +332,7 @@ impl<H: Hypervisor> TxQueue<H> {
             } else {
                 let private = packet.bytes().len();
                 let to = packet.frame_mut().span_mut().split_at(private).0;
-                *range = pull(copies, domain, chain, 0, to)?;
+                *range = pull(copies, domain, slots, 0, to)?;
             }
         }
         Ok(())
@@ -293,35 +346,44 @@ impl<H: Hypervisor> TxQueue<H> {
         now: Instant,
         out: &mut Vec<Staged<H>>,
     ) -> Result<(), VifFault> {
-        let copies = self.batch.iter().map(|of| (of.packet.path, of.copies.len()));
-        self.paths.count_hypercalls(copies);
         let judged = self.refusals.judge(outcome)?;
         // A status that was left as it was says that Xen did not do what it said it had done: nothing here is to be believed.
-        let untouched = |of: &InFlight<H>, results: CopyResults<'_>| {
-            results.of(of.copies) == Err(GrantStatus::UNTOUCHED)
-        };
-        let results = judged.filter(|results| !self.batch.iter().any(|of| untouched(of, *results)));
+        let mut results = judged;
+        let mut copies = CopyCount::default();
+        for of in &mut self.batch {
+            copies.add(of.packet.path, of.copies.len());
+            // Static packets take no copies, and none of none has failed.
+            of.status = match judged {
+                Some(results) => results.of(of.copies),
+                None if of.packet.path == Datapath::Static => Ok(()),
+                None => Err(GrantStatus::UNTOUCHED),
+            };
+            if of.status == Err(GrantStatus::UNTOUCHED) {
+                results = None;
+            }
+        }
+        self.paths.count_hypercalls(copies);
         if results.is_none() {
             self.wait = Some(now.after(REFUSED_WAIT));
         }
         let mut batch = core::mem::take(&mut self.batch);
         let mut outcome = Ok(());
         let mut later = 0;
-        for InFlight { packet, chain, copies } in batch.drain(..) {
-            // Static packets take no copies, and none of none has failed.
-            let status = match results {
-                None if packet.path != Datapath::Static => Err(GrantStatus::UNTOUCHED),
-                None => Ok(()),
-                Some(results) => results.of(copies),
-            };
+        for InFlight { packet, chain, mut status, .. } in batch.drain(..) {
+            if results.is_none() && packet.path != Datapath::Static {
+                status = Err(GrantStatus::UNTOUCHED);
+            }
             if later > 0 || (status == Err(GrantStatus::EAGAIN) && self.tries_again(now)) {
                 // Those behind it wait with it: order matters more.
-                self.held.insert(later, chain);
-                later += 1;
+                if let Some(chain) = self.whole(chain) {
+                    self.held.insert(later, chain);
+                    later += 1;
+                }
             } else if outcome.is_ok() {
                 outcome = self.settle_one(packet, chain, status, results.is_none(), table, out);
             }
         }
+        self.several.clear();
         if later == 0 {
             self.again = None;
         }
@@ -339,10 +401,34 @@ impl<H: Hypervisor> TxQueue<H> {
         again
     }
 
+    /// A chain in the form that holds any.
+    fn whole(&mut self, chain: Chain) -> Option<tx::Packet> {
+        match chain {
+            Chain::Single(single) => Some(single.into()),
+            Chain::Several => self.several.pop_front(),
+        }
+    }
+
+    /// Answers a chain of the batch.
+    #[inline]
+    fn answer_chain(&mut self, chain: Chain, status: TxStatus) -> Result<(), VifFault> {
+        match chain {
+            Chain::Single(single) => {
+                self.answered = true;
+                Ok(self.ring.answer_single(single, status)?)
+            }
+            Chain::Several => match self.several.pop_front() {
+                Some(chain) => self.answer(chain.answers, status),
+                None => Ok(()),
+            },
+        }
+    }
+
+    #[inline]
     fn settle_one(
         &mut self,
         mut packet: Packet<H>,
-        chain: tx::Packet,
+        chain: Chain,
         status: Result<(), GrantStatus>,
         refused: bool,
         table: &mut Table<H>,
@@ -356,7 +442,7 @@ impl<H: Hypervisor> TxQueue<H> {
         let fits = status.is_ok() && check_headers(&mut packet, &mut self.counters);
         if !fits {
             self.drops.not_segmentable += u64::from(status.is_ok());
-            return self.answer(chain.answers, TxStatus::ERROR);
+            return self.answer_chain(chain, TxStatus::ERROR);
         }
         let len = packet.len();
         if packet.is_whole() {
@@ -365,16 +451,16 @@ impl<H: Hypervisor> TxQueue<H> {
                 packet.path = Datapath::Copy;
             }
             self.count(packet.path, len);
-            self.answer(chain.answers, TxStatus::OKAY)?;
+            self.answer_chain(chain, TxStatus::OKAY)?;
         } else if table.room() == 0 {
             self.drops.no_buffer += 1;
-            return self.answer(chain.answers, TxStatus::ERROR);
+            return self.answer_chain(chain, TxStatus::ERROR);
         } else {
+            let Some(chain) = self.whole(chain) else { return Ok(()) };
             let kept = pieces(&chain, packet.bytes().len());
             packet.pieces = u8::try_from(kept.len()).unwrap_or(0);
             let open = Open { origin: self.origin, domain: self.domain, chain };
-            let rest = table.insert(open).map_or(Rest::None, Rest::Taken);
-            packet.set_rest(len, rest);
+            packet.rest = table.insert(open).map_or(Rest::None, Rest::Taken);
         }
         out.push(Staged::new(packet, self.origin.port));
         Ok(())
@@ -392,15 +478,33 @@ impl<H: Hypervisor> TxQueue<H> {
 }
 
 /// Adds copies of a chain's bytes from `skip` on into `to`, as many as `to` has.
+#[inline]
 pub(crate) fn pull<'f>(
     copies: &mut CopyBatch<'_, 'f>,
     domain: DomId,
-    chain: &tx::Packet,
+    slots: &[TxSlot],
+    skip: usize,
+    to: SpanMut<'f>,
+) -> Result<CopyRange, VifFault> {
+    // Most packets are one slot.
+    if let ([slot], 0) = (slots, skip)
+        && let Some(offset) = PageOffset::new(slot.offset)
+        && to.len() <= slot.size.into()
+    {
+        return Ok(copies.pull(PeerSpan { domain, gref: slot.gref, offset }, to)?);
+    }
+    pull_each(copies, domain, slots, skip, to)
+}
+
+fn pull_each<'f>(
+    copies: &mut CopyBatch<'_, 'f>,
+    domain: DomId,
+    slots: &[TxSlot],
     skip: usize,
     mut to: SpanMut<'f>,
 ) -> Result<CopyRange, VifFault> {
     let mut range = CopyRange::default();
-    for (gref, offset, len) in rest_of(chain, skip) {
+    for (gref, offset, len) in rest_of(slots, skip) {
         if to.is_empty() {
             break;
         }
@@ -414,10 +518,10 @@ pub(crate) fn pull<'f>(
 
 /// Where a chain's bytes from `skip` on are, in order. Empty slots are left out.
 pub(crate) fn rest_of(
-    chain: &tx::Packet,
+    slots: &[TxSlot],
     mut skip: usize,
 ) -> impl Iterator<Item = (GrantRef, PageOffset, u16)> {
-    chain.slots.iter().filter_map(move |slot| {
+    slots.iter().filter_map(move |slot| {
         let passed = skip.min(slot.size.into());
         skip -= passed;
         let passed = u16::try_from(passed).ok()?;
@@ -443,7 +547,7 @@ const MORE_SLOTS: usize = 2;
 pub(crate) fn pieces(chain: &tx::Packet, private: usize) -> Pieces {
     let mut lens = Pieces::new();
     let first = u16::try_from(private).unwrap_or(u16::MAX);
-    let mut all = iter::once(first).chain(rest_of(chain, private).map(|(_, _, len)| len));
+    let mut all = iter::once(first).chain(rest_of(&chain.slots, private).map(|(_, _, len)| len));
     let fits = all.all(|len| match lens.last_mut() {
         Some(last) if usize::from(*last) + usize::from(len) <= PAGE_SIZE => {
             *last += len;

@@ -4,8 +4,9 @@ use alloc::vec::Vec;
 
 use grant::{GrantTable, GrantedPage, SharedMemory};
 use hypercall::{DomId, GrantRef, Hypervisor, Instant};
+use netif::offload::Checksum;
 use netif::ring::{Notify, RxFrontRing};
-use netif::rx::{Received, RxDrop, Taken, assemble};
+use netif::rx::{Next, Received, RxDrop, RxSlot, Taken, next};
 use netif::slot::{RxId, RxRequest};
 
 use crate::Meta;
@@ -88,7 +89,15 @@ impl<H: Hypervisor> RxQueue<H> {
             if self.ring.available() == 0 && self.ring.poll()? == 0 {
                 return Ok(None);
             }
-            let Some(verdict) = assemble(&mut self.ring.responses())? else { return Ok(None) };
+            // Looked at where it is: it is large.
+            let verdict = match next(&mut self.ring.responses()) {
+                Err(fault) => return Err(fault.into()),
+                Ok(None) => return Ok(None),
+                Ok(Some(Next::Single { slot, checksum })) => {
+                    return Ok(Some(self.take_single(slot, checksum, to)));
+                }
+                Ok(Some(Next::Other(verdict))) => verdict,
+            };
             let received = match verdict.packet {
                 Ok(received) => Some(self.linearise(&received, to)),
                 Err(RxDrop::Status(_)) => {
@@ -105,6 +114,22 @@ impl<H: Hypervisor> RxQueue<H> {
                 return Ok(received);
             }
         }
+    }
+
+    /// The packet of one slot.
+    #[inline]
+    fn take_single(&mut self, slot: RxSlot, checksum: Checksum, to: &mut Vec<u8>) -> Meta {
+        let size = usize::from(slot.size);
+        if to.len() != size {
+            to.resize(size, 0);
+        }
+        if let Some(page) = self.pages.get_mut(usize::from(slot.slot)).and_then(Option::take) {
+            page.page().read_bytes(slot.offset.into(), to);
+            self.spare.push(page);
+        }
+        self.counters.packets += 1;
+        self.counters.bytes += u64::from(slot.size);
+        Meta { checksum, gso: None }
     }
 
     /// Pages whose responses came are ours again.

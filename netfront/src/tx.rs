@@ -154,6 +154,25 @@ impl<H: Hypervisor> TxQueue<H> {
             Checksum::Blank => TxFlags::CSUM_BLANK | TxFlags::DATA_VALIDATED,
         };
         flags.set(TxFlags::EXTRA_INFO, meta.gso.is_some());
+        if slots == 1 {
+            self.slot(bytes, flags, Some(size))?;
+        } else {
+            self.slots(bytes, flags, size, meta)?;
+        }
+        self.pushed = true;
+        self.counters.packets += 1;
+        self.counters.bytes += u64::from(size);
+        Ok(())
+    }
+
+    /// Puts a packet of several slots on the ring. There is room for it, and pages.
+    fn slots(
+        &mut self,
+        bytes: &[u8],
+        mut flags: TxFlags,
+        size: u16,
+        meta: Meta,
+    ) -> Result<(), SendError> {
         // The head says how long the whole packet is.
         let mut total = Some(size);
         let mut parts = bytes.chunks(PAGE_SIZE).peekable();
@@ -169,17 +188,20 @@ impl<H: Hypervisor> TxQueue<H> {
                 self.extras += 1;
             }
         }
-        self.pushed = true;
-        self.counters.packets += 1;
-        self.counters.bytes += u64::from(size);
         Ok(())
     }
 
     /// Makes sure that so many slots are free, and so many pages are at hand.
+    #[inline]
     fn reserve(&mut self, slots: usize, pages: usize) -> Result<(), SendError> {
         if slots > self.ring.free() as usize {
             return Err(self.block());
         }
+        if self.free.len() < pages { self.grant(pages) } else { Ok(()) }
+    }
+
+    /// Grants pages until there are as many at hand.
+    fn grant(&mut self, pages: usize) -> Result<(), SendError> {
         while self.free.len() < pages {
             let Some(&id) = self.bare.last() else { return Err(self.block()) };
             let page = match self.table.share(self.backend, true) {

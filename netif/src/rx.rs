@@ -289,6 +289,20 @@ impl Assembly {
     }
 }
 
+/// What [`next`] takes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// A packet of one slot and no extras, as most are.
+    Single {
+        /// Where its bytes are: an Ethernet header at least. No other slot was taken.
+        slot: RxSlot,
+        /// Its checksum.
+        checksum: Checksum,
+    },
+    /// Anything else.
+    Other(RxVerdict),
+}
+
 /// Takes the responses of the next packet, each with the slot it came in, and judges them. `None`: there is none.
 ///
 /// The frontend must have given each request the number of its slot as its id.
@@ -299,29 +313,48 @@ impl Assembly {
 pub fn assemble(
     responses: &mut impl Iterator<Item = (u16, RxResponse)>,
 ) -> Result<Option<RxVerdict>, WrongId> {
+    Ok(next(responses)?.map(|next| match next {
+        Next::Single { slot, checksum } => {
+            let mut slots = Vec::new();
+            let _ = slots.push(slot);
+            let size = slot.size.into();
+            let packet = Ok(Received { slots, size, checksum, gso: None, hash: None });
+            RxVerdict { taken: Taken { first: slot.slot, count: 1 }, packet }
+        }
+        Next::Other(verdict) => verdict,
+    }))
+}
+
+/// As [`assemble`], with packets of one slot told apart: [`Received`] has room for all slots that there can be, and is large to move.
+///
+/// # Errors
+/// As there.
+#[inline]
+pub fn next(
+    responses: &mut impl Iterator<Item = (u16, RxResponse)>,
+) -> Result<Option<Next>, WrongId> {
     let Some((slot, first)) = responses.next() else { return Ok(None) };
     if first.flags.intersects(RxFlags::EXTRA_INFO | RxFlags::MORE_DATA) {
-        return assemble_several(slot, first, responses).map(Some);
+        return assemble_several(slot, first, responses).map(|verdict| Some(Next::Other(verdict)));
     }
-    // Most packets are one slot: the same rules, as far as they have to do with it.
+    // The same rules, as far as they have to do with it.
     if first.id.0 != slot {
         return Err(WrongId { slot, id: first.id });
     }
     let offset = first.offset;
-    let packet = match first.status.bytes() {
-        Err(status) => Err(RxDrop::Status(status)),
+    let reason = match first.status.bytes() {
+        Err(status) => RxDrop::Status(status),
         Ok(size) if usize::from(offset) + usize::from(size) > PAGE_SIZE => {
-            Err(RxDrop::CrossesPage { offset, size })
+            RxDrop::CrossesPage { offset, size }
         }
-        Ok(size) if size < ETHERNET_HEADER => Err(RxDrop::Short),
+        Ok(size) if size < ETHERNET_HEADER => RxDrop::Short,
         Ok(size) => {
-            let mut slots = Vec::new();
-            let _ = slots.push(RxSlot { slot, offset, size });
-            let checksum = checksum(first.flags);
-            Ok(Received { slots, size: size.into(), checksum, gso: None, hash: None })
+            let slot = RxSlot { slot, offset, size };
+            return Ok(Some(Next::Single { slot, checksum: checksum(first.flags) }));
         }
     };
-    Ok(Some(RxVerdict { taken: Taken { first: slot, count: 1 }, packet }))
+    let taken = Taken { first: slot, count: 1 };
+    Ok(Some(Next::Other(RxVerdict { taken, packet: Err(reason) })))
 }
 
 fn checksum(flags: RxFlags) -> Checksum {

@@ -84,6 +84,15 @@ impl<M: SharedMemory> TxBackRing<M> {
         }
         answers.responses(status).try_for_each(|response| self.push(response))
     }
+
+    /// As [`answer`](Self::answer), for a packet of one slot.
+    ///
+    /// # Errors
+    /// As there.
+    #[inline]
+    pub fn answer_single(&mut self, single: Single, status: TxStatus) -> Result<(), Full> {
+        self.push(TxResponse { id: single.id, status })
+    }
 }
 
 /// A packet whose description follows the rules. What its pages hold is not known yet.
@@ -101,6 +110,37 @@ pub struct Packet {
     pub hash: Option<PacketHash>,
     /// What its sender is owed.
     pub answers: Answers,
+}
+
+/// A packet of one slot and no extras, as most are, in a few bytes.
+#[derive(PartialEq, Eq, Debug)]
+#[must_use = "every slot taken from the ring is owed a response"]
+pub struct Single {
+    /// Where its bytes are: an Ethernet header at least.
+    pub slot: TxSlot,
+    /// Its checksum.
+    pub checksum: Checksum,
+    id: TxId,
+}
+
+impl From<Single> for Packet {
+    #[inline]
+    fn from(Single { slot, checksum, id }: Single) -> Self {
+        let answers = Answers { first: id, extras: 0, rest: Vec::new() };
+        let mut slots = Vec::new();
+        let _ = slots.push(slot);
+        Self { slots, size: slot.size, checksum, gso: None, hash: None, answers }
+    }
+}
+
+/// What [`next`] takes.
+#[derive(PartialEq, Eq, Debug)]
+#[expect(clippy::large_enum_variant, reason = "it is looked at where it is made")]
+pub enum Next {
+    /// A packet of one slot.
+    Single(Single),
+    /// Anything else.
+    Other(Verdict),
 }
 
 /// What the next requests in the ring are.
@@ -246,20 +286,30 @@ fn within_page(offset: u16, size: u16) -> Result<(), PeerFault> {
 pub fn assemble(
     requests: &mut impl Iterator<Item = TxRequest>,
 ) -> Result<Option<Verdict>, PeerFault> {
+    Ok(next(requests)?.map(|next| match next {
+        Next::Single(single) => Verdict::Packet(single.into()),
+        Next::Other(verdict) => verdict,
+    }))
+}
+
+/// As [`assemble`], with packets of one slot told apart: a [`Packet`] has room for all slots that there can be, and is large to move.
+///
+/// # Errors
+/// As there.
+#[inline]
+pub fn next(requests: &mut impl Iterator<Item = TxRequest>) -> Result<Option<Next>, PeerFault> {
     let Some(first) = requests.next() else { return Ok(None) };
     if first.flags.intersects(TxFlags::EXTRA_INFO | TxFlags::MORE_DATA) {
-        return assemble_several(first, requests).map(Some);
+        return assemble_several(first, requests).map(|verdict| Some(Next::Other(verdict)));
     }
-    // Most packets are one slot: the same rules, as far as they have to do with it.
-    let answers = Answers { first: first.id, extras: 0, rest: Vec::new() };
+    // The same rules, as far as they have to do with it.
     if first.size < ETHERNET_HEADER {
-        return Ok(Some(Verdict::Drop { reason: DropReason::Short, answers }));
+        let answers = Answers { first: first.id, extras: 0, rest: Vec::new() };
+        return Ok(Some(Next::Other(Verdict::Drop { reason: DropReason::Short, answers })));
     }
     within_page(first.offset, first.size)?;
-    let mut slots = Vec::new();
-    let _ = slots.push(TxSlot { gref: first.gref, offset: first.offset, size: first.size });
-    let (checksum, gso, hash) = (checksum(first.flags), None, None);
-    Ok(Some(Verdict::Packet(Packet { slots, size: first.size, checksum, gso, hash, answers })))
+    let slot = TxSlot { gref: first.gref, offset: first.offset, size: first.size };
+    Ok(Some(Next::Single(Single { slot, checksum: checksum(first.flags), id: first.id })))
 }
 
 fn checksum(flags: TxFlags) -> Checksum {
