@@ -109,10 +109,17 @@ pub fn image_bytes(dom0: &Domain<'_>) -> Result<u64> {
     Ok(size(dom0.kernel)? + dom0.initramfs.map_or(Ok(0), size)?)
 }
 
-/// A machine whose clock counts instructions.
-struct Counting<P>(P);
+/// A machine whose clock counts instructions. It has one processor: with more, QEMU runs one after the other, and where one waits for
+/// another it waits for the end of its turn.
+struct Counting<'a>(Board<'a>);
 
-impl<P: Plan> Plan for Counting<P> {
+impl<'a> Counting<'a> {
+    fn new(board: Board<'a>) -> Self {
+        Self(Board { processors: 1, ..board })
+    }
+}
+
+impl Plan for Counting<'_> {
     fn command(&self, dir: &Path) -> Result<Command> {
         let mut command = self.0.command(dir)?;
         command.args(["-icount", "shift=0,sleep=off"]);
@@ -191,7 +198,7 @@ fn boot(
 ) -> Result<(Tally, Sample)> {
     let board = (part.board)(made, side);
     let mut run = if options.icount {
-        Run::patiently(name, &Counting(board), PATIENCE)?
+        Run::patiently(name, &Counting::new(board), PATIENCE)?
     } else {
         Run::patiently(name, &board, PATIENCE)?
     };

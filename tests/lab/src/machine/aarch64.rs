@@ -15,6 +15,8 @@ use crate::packages;
 
 /// dom0 and guests, and what they are made of.
 pub struct Board<'a> {
+    /// Processors of the machine.
+    pub processors: u32,
     /// Xen.
     pub xen: &'a Path,
     /// What it is told beside what all boards have it told.
@@ -81,15 +83,19 @@ impl<'a> Domain<'a> {
     }
 }
 
+/// As many as it has unless there is a reason.
+pub const PROCESSORS: u32 = 2;
+
 const MACHINE: &str = "virt,gic-version=3,virtualization=on";
 /// Modules go here and above: QEMU keeps its own device tree at 0x4800_0000.
 const MODULES: u64 = 0x6000_0000;
 const ALIGN: u64 = 2 << 20;
 
-fn qemu(program: &Path, machine: &str) -> Command {
+fn qemu(program: &Path, machine: &str, processors: u32) -> Command {
     let mut command = Command::new(program);
     command
-        .args(["-M", machine, "-cpu", "cortex-a57", "-smp", "2", "-m", "3072"])
+        .args(["-M", machine, "-cpu", "cortex-a57", "-m", "3072", "-smp"])
+        .arg(processors.to_string())
         .args(["-display", "none", "-nic", "none"]);
     command
 }
@@ -136,7 +142,7 @@ impl Plan for Board<'_> {
         let program = packages::qemu_aarch64()?;
         let base = dir.join("qemu.dtb");
         let dump = format!("{MACHINE},dumpdtb={}", base.display());
-        packages::run(&mut qemu(&program, &dump))?;
+        packages::run(&mut qemu(&program, &dump, self.processors))?;
 
         let mut layout = Layout::default();
         let xen_arguments = format!(
@@ -165,7 +171,7 @@ impl Plan for Board<'_> {
         let tree = dir.join("machine.dtb");
         fs::write(&tree, add_to_chosen(&fs::read(&base)?, &chosen)?)?;
 
-        let mut command = qemu(&program, MACHINE);
+        let mut command = qemu(&program, MACHINE, self.processors);
         command.arg("-kernel").arg(self.xen).arg("-dtb").arg(&tree);
         for (at, _, file) in &layout.placed {
             command

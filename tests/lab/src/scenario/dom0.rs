@@ -10,7 +10,7 @@ use crate::boot;
 use crate::capture;
 use crate::console::Source;
 use crate::images::{self, Images};
-use crate::machine::aarch64::{Board, Domain};
+use crate::machine::aarch64::{Board, Domain, PROCESSORS};
 use crate::run::{Run, Tally};
 use crate::toolchain::{self, AARCH64, IMAGE_LIMIT};
 
@@ -20,6 +20,7 @@ pub fn plan<'a>(images: &'a Images, dom0: &'a Path, guest_arguments: &str) -> Bo
         xen_arguments: "",
         dom0: ours(dom0),
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
+        processors: PROCESSORS,
         uplink: None,
     }
 }

@@ -12,7 +12,7 @@ use super::{dom0, life, traffic, transfer, withdraw};
 use crate::boot;
 use crate::console::Source;
 use crate::images::{self, Images};
-use crate::machine::aarch64::{Board, Domain};
+use crate::machine::aarch64::{Board, Domain, PROCESSORS};
 use crate::metrics::Metrics;
 use crate::run::{Run, Tally};
 use crate::toolchain::{self, AARCH64};
@@ -69,6 +69,7 @@ impl Made {
             xen_arguments: "",
             dom0: dom0::ours(&self.dom0),
             guests: ours.into_iter().chain(linux).collect(),
+            processors: PROCESSORS,
             uplink: None,
         }
     }

@@ -6,7 +6,7 @@ use super::traffic;
 use crate::boot;
 use crate::console::Source;
 use crate::images::{self, Images};
-use crate::machine::aarch64::{Board, Domain};
+use crate::machine::aarch64::{Board, Domain, PROCESSORS};
 use crate::run::{Run, Tally};
 
 pub fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
@@ -21,6 +21,7 @@ pub fn plan<'a>(images: &'a Images, guest_arguments: &str) -> Board<'a> {
             vcpus: 1,
         },
         guests: (1..=2).map(|n| Domain::linux(images, n, guest_arguments)).collect(),
+        processors: PROCESSORS,
         uplink: None,
     }
 }
