@@ -311,6 +311,7 @@ impl<H: Hypervisor> Backend<H> {
         }
     }
 
+    #[inline]
     fn forward(&mut self, packet: Packet<H>, from: PortId, to: Destination, now: Instant) {
         match to {
             Destination::Port(to) => self.deliver(packet, from, to, now),

@@ -290,12 +290,13 @@ impl<H: Hypervisor> Packet<H> {
 
     /// The duty to answer for it, if it is open.
     pub(crate) fn take_token(&mut self) -> Option<Token<H>> {
-        match mem::replace(&mut self.rest, Rest::None) {
+        let rest = &mut self.rest;
+        if !matches!(rest, Rest::Taken(_)) {
+            return None;
+        }
+        match mem::replace(rest, Rest::None) {
             Rest::Taken(token) => Some(token),
-            rest => {
-                self.rest = rest;
-                None
-            }
+            Rest::None | Rest::Lent(_) => None,
         }
     }
 }

@@ -106,10 +106,10 @@ impl RxPacket<'_> {
 
     fn piece(&self, slot: usize) -> Option<RxPart> {
         let index = if slot == 0 { 0 } else { self.data_index(slot)? };
-        let len = *self.pieces.get(index)?;
-        let start =
-            self.pieces.iter().take(index).try_fold(0_u16, |sum, len| sum.checked_add(*len));
-        Some(RxPart { offset: self.headroom, start: start?, len })
+        let (before, [len, ..]) = self.pieces.split_at_checked(index)? else { return None };
+        // Summed up before it is looked at: that takes a few instructions for any number.
+        let start: u32 = before.iter().map(|len| u32::from(*len)).sum();
+        Some(RxPart { offset: self.headroom, start: u16::try_from(start).ok()?, len: *len })
     }
 
     /// The response to the packet's `slot`-th request. `None` beyond the last.
@@ -313,16 +313,18 @@ pub enum Next {
 pub fn assemble(
     responses: &mut impl Iterator<Item = (u16, RxResponse)>,
 ) -> Result<Option<RxVerdict>, WrongId> {
-    Ok(next(responses)?.map(|next| match next {
-        Next::Single { slot, checksum } => {
+    match next(responses) {
+        Ok(Some(Next::Single { slot, checksum })) => {
             let mut slots = Vec::new();
             let _ = slots.push(slot);
             let size = slot.size.into();
             let packet = Ok(Received { slots, size, checksum, gso: None, hash: None });
-            RxVerdict { taken: Taken { first: slot.slot, count: 1 }, packet }
+            Ok(Some(RxVerdict { taken: Taken { first: slot.slot, count: 1 }, packet }))
         }
-        Next::Other(verdict) => verdict,
-    }))
+        Ok(Some(Next::Other(verdict))) => Ok(Some(verdict)),
+        Ok(None) => Ok(None),
+        Err(wrong) => Err(wrong),
+    }
 }
 
 /// As [`assemble`], with packets of one slot told apart: [`Received`] has room for all slots that there can be, and is large to move.
