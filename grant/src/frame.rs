@@ -10,9 +10,41 @@ use core::ptr::NonNull;
 use core::slice;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use hypercall::{Gfn, Hypervisor, PAGE_SIZE};
+use hypercall::{Gfn, Hypervisor, PAGE_SIZE, PageOffset};
 
 use crate::span::{Extent, Page, Span, SpanMut};
+
+/// How large a pool's buffers are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BufferSize {
+    /// [`PART`](Self::PART) bytes, several in a page: Xen looks a page of ours up once for all copies of a hypercall that follow
+    /// one another and touch it.
+    Part,
+    /// So many adjacent pages.
+    Pages(NonZeroUsize),
+}
+
+impl BufferSize {
+    /// A whole page.
+    pub const PAGE: Self = Self::Pages(NonZeroUsize::MIN);
+    /// How many bytes a part of a page has.
+    pub const PART: usize = 256;
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::Part => Self::PART,
+            Self::Pages(count) => count.get().saturating_mul(PAGE_SIZE),
+        }
+    }
+
+    /// How many pages are allocated at once.
+    fn pages(self) -> NonZeroUsize {
+        match self {
+            Self::Part => NonZeroUsize::MIN,
+            Self::Pages(count) => count,
+        }
+    }
+}
 
 /// Where the stack of free buffers ends.
 const BOTTOM: u32 = 0xffff;
@@ -39,9 +71,7 @@ const fn with_top(head: u64, top: u32) -> u64 {
 
 /// A buffer, and what its holder notes with it.
 struct Slot<H: Hypervisor, T> {
-    page: Page,
-    /// In bytes.
-    size: usize,
+    place: Extent,
     number: u32,
     /// The number of the free buffer below this one.
     below: AtomicU32,
@@ -58,7 +88,7 @@ struct Shared<H: Hypervisor, T> {
     hv: H,
     head: AtomicU64,
     slots: Vec<Slot<H, T>>,
-    pages: NonZeroUsize,
+    size: BufferSize,
 }
 
 impl<H: Hypervisor, T> Shared<H, T> {
@@ -82,9 +112,11 @@ impl<H: Hypervisor, T> Shared<H, T> {
     unsafe fn free(shared: NonNull<Self>) {
         // SAFETY: it was made of a box, and the caller is the last that has it.
         let shared = unsafe { Box::from_raw(shared.as_ptr()) };
-        for slot in &shared.slots {
-            // SAFETY: allocated by this count in `FramePool::labelled`, and no frame is out.
-            unsafe { shared.hv.free_pages(slot.page.base, shared.pages) };
+        for Slot { place, .. } in &shared.slots {
+            if place.offset() == PageOffset::ZERO {
+                // SAFETY: allocated by this count in `FramePool::labelled`, and no frame is out.
+                unsafe { shared.hv.free_pages(place.first().base, shared.size.pages()) };
+            }
         }
     }
 }
@@ -131,7 +163,7 @@ impl<H: Hypervisor, T> Drop for Handle<H, T> {
     }
 }
 
-/// A fixed number of private buffers of a page or more, handed out as [`Frame`]s; never grows. With each goes a `T`, in which its
+/// A fixed number of private buffers, handed out as [`Frame`]s; never grows. With each goes a `T`, in which its
 /// holder notes what belongs to it: what is moved about is then small.
 pub struct FramePool<H: Hypervisor, T = ()>(Arc<Handle<H, T>>);
 
@@ -142,27 +174,35 @@ impl<H: Hypervisor, T> Clone for FramePool<H, T> {
 }
 
 impl<H: Hypervisor> FramePool<H> {
-    /// `count` buffers (65,534 at most) of `pages` adjacent pages, or as many as there is memory for: see [`total`](Self::total).
+    /// `count` buffers (65,534 at most) of this size, or as many as there is memory for: see [`total`](Self::total).
     #[must_use]
-    pub fn new(hv: &H, count: NonZeroUsize, pages: NonZeroUsize) -> Self {
-        Self::labelled(hv, count, pages)
+    pub fn new(hv: &H, count: NonZeroUsize, size: BufferSize) -> Self {
+        Self::labelled(hv, count, size)
     }
 }
 
 impl<H: Hypervisor, T: Default> FramePool<H, T> {
     /// As [`new`](FramePool::new), with a label for each.
     #[must_use]
-    pub fn labelled(hv: &H, count: NonZeroUsize, pages: NonZeroUsize) -> Self {
+    pub fn labelled(hv: &H, count: NonZeroUsize, size: BufferSize) -> Self {
         let count = count.get().min(MAX);
-        let shared = Shared { hv: hv.clone(), head: AtomicU64::new(0), slots: Vec::new(), pages };
+        let shared = Shared { hv: hv.clone(), head: AtomicU64::new(0), slots: Vec::new(), size };
         let mut pool = NonNull::from(Box::leak(Box::new(shared)));
         let mut slots = Vec::with_capacity(count);
         let mut top = BOTTOM;
+        let mut left = None;
         for number in (0..).take(count) {
-            let Some(base) = hv.alloc_pages(pages) else { break };
+            let place = left.filter(|left: &Extent| left.len() >= size.bytes()).or_else(|| {
+                let base = hv.alloc_pages(size.pages())?;
+                let first = Page { base, gfn: hv.virt_to_gfn(base) };
+                Some(Extent::whole(first, size.pages().get().saturating_mul(PAGE_SIZE)))
+            });
+            let Some((place, rest)) = place.map(|place| place.split_at(size.bytes())) else {
+                break;
+            };
+            left = Some(rest);
             slots.push(Slot {
-                page: Page { base, gfn: hv.virt_to_gfn(base) },
-                size: pages.get().saturating_mul(PAGE_SIZE),
+                place,
                 number,
                 below: AtomicU32::new(top),
                 pool,
@@ -206,7 +246,7 @@ impl<H: Hypervisor, T> fmt::Debug for FramePool<H, T> {
     }
 }
 
-/// A private buffer of whole pages and its label; goes back to its pool when dropped. It is one pointer, so moving it costs
+/// A private buffer and its label; goes back to its pool when dropped. It is one pointer, so moving it costs
 /// nothing.
 pub struct Frame<H: Hypervisor, T = ()>(NonNull<Slot<H, T>>);
 
@@ -224,13 +264,19 @@ impl<H: Hypervisor, T> Frame<H, T> {
     /// How many bytes it has.
     #[must_use]
     pub fn size(&self) -> usize {
-        self.slot().size
+        self.slot().place.len()
     }
 
     /// The first of its frames; the others follow.
     #[must_use]
     pub fn gfn(&self) -> Gfn {
-        self.slot().page.gfn
+        self.slot().place.first().gfn
+    }
+
+    /// Where in the first it begins.
+    #[must_use]
+    pub fn offset(&self) -> PageOffset {
+        self.slot().place.offset()
     }
 
     /// Its bytes.
@@ -238,13 +284,13 @@ impl<H: Hypervisor, T> Frame<H, T> {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: these pages are ours, were zeroed when allocated, and are never granted; Xen writes them only
         // in `CopyBatch::submit`, which holds a unique borrow.
-        unsafe { slice::from_raw_parts(self.slot().page.base.as_ptr(), self.size()) }
+        unsafe { slice::from_raw_parts(self.slot().place.as_ptr(), self.size()) }
     }
 
     /// Its bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and the borrow is unique.
-        unsafe { slice::from_raw_parts_mut(self.slot().page.base.as_ptr(), self.size()) }
+        unsafe { slice::from_raw_parts_mut(self.slot().place.as_ptr(), self.size()) }
     }
 
     /// What was noted with it.
@@ -263,7 +309,7 @@ impl<H: Hypervisor, T> Frame<H, T> {
     /// The buffer as something to copy out of.
     #[must_use]
     pub fn span(&self) -> Span<'_> {
-        Span::new(Extent::whole(self.slot().page, self.size()))
+        Span::new(self.slot().place)
     }
 
     /// The buffer as something to copy into.
@@ -276,7 +322,7 @@ impl<H: Hypervisor, T> Frame<H, T> {
         let slot = self.slot();
         // SAFETY: as in `label_mut`. The buffer is no part of the label.
         let label = unsafe { &mut *slot.label.get() };
-        (SpanMut::new(Extent::whole(slot.page, slot.size)), label)
+        (SpanMut::new(slot.place), label)
     }
 
     /// Its bytes and what was noted with it, to change.
@@ -284,7 +330,7 @@ impl<H: Hypervisor, T> Frame<H, T> {
         let slot = self.slot();
         // SAFETY: as in `bytes_mut` and `label_mut`. The buffer is no part of the label.
         unsafe {
-            let bytes = slice::from_raw_parts_mut(slot.page.base.as_ptr(), slot.size);
+            let bytes = slice::from_raw_parts_mut(slot.place.as_ptr(), slot.place.len());
             (bytes, &mut *slot.label.get())
         }
     }
@@ -305,6 +351,6 @@ impl<H: Hypervisor, T> Drop for Frame<H, T> {
 
 impl<H: Hypervisor, T> fmt::Debug for Frame<H, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Frame({})", self.gfn())
+        write!(f, "Frame({} + {})", self.gfn(), self.offset().get())
     }
 }

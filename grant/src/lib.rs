@@ -13,7 +13,7 @@ mod span;
 mod table;
 
 pub use copy::{CopyBatch, CopyError, CopyOps, CopyRange, CopyResults, PeerSpan, copy_is_missing};
-pub use frame::{Frame, FramePool};
+pub use frame::{BufferSize, Frame, FramePool};
 pub use map::{ForeignPage, MapError, MapOps, MapRequest, Mapper, Mapping};
 pub use shared::{SharedMemory, SharedPage};
 pub use span::{Span, SpanMut};

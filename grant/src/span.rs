@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-use hypercall::{Gfn, PAGE_SIZE};
+use hypercall::{Gfn, PAGE_SIZE, PageOffset};
 
 /// A private page, or the first of several: where we see it, and where Xen does.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +33,23 @@ impl Extent {
         Self { first, offset: 0, len }
     }
 
-    fn split_at(self, at: usize) -> (Self, Self) {
+    /// Where it begins, for us.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: an extent is part of its buffer.
+        unsafe { self.first.base.add(self.offset) }.as_ptr()
+    }
+
+    /// The page that its buffer begins in.
+    pub(crate) fn first(&self) -> Page {
+        self.first
+    }
+
+    /// Where in its page it begins.
+    pub(crate) fn offset(&self) -> PageOffset {
+        PageOffset::new((self.offset % PAGE_SIZE) as u16).unwrap_or(PageOffset::ZERO)
+    }
+
+    pub(crate) fn split_at(self, at: usize) -> (Self, Self) {
         let at = at.min(self.len);
         (Self { len: at, ..self }, Self { offset: self.offset + at, len: self.len - at, ..self })
     }

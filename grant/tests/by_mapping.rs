@@ -5,8 +5,8 @@
 use std::num::NonZeroUsize;
 
 use grant::{
-    CopyOps, CopyRange, Frame, FramePool, GrantTable, GrantedPage, MapOps, Mapper, PeerSpan,
-    SharedMemory,
+    BufferSize, CopyOps, CopyRange, Frame, FramePool, GrantTable, GrantedPage, MapOps, Mapper,
+    PeerSpan, SharedMemory,
 };
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, PAGE_SIZE, PageOffset};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, Ledger, Sim, SimHv};
@@ -34,7 +34,7 @@ fn world(config: DomainConfig) -> World {
     for (page, seed) in pages.iter().zip(0..) {
         page.page().write_bytes(0, &pattern(PAGE_SIZE, seed));
     }
-    let pool = FramePool::new(&backend, some(4), some(2));
+    let pool = FramePool::new(&backend, some(4), BufferSize::Pages(some(2)));
     let (mapper, guest) = (Mapper::new(&backend), guest.id());
     let start = sim.ledger();
     World { sim, backend, guest, pages, pool, mapper, start }

@@ -5,7 +5,8 @@
 use std::num::NonZeroUsize;
 
 use grant::{
-    CopyError, CopyOps, CopyRange, FramePool, GrantTable, PeerSpan, SharedMemory, copy_is_missing,
+    BufferSize, CopyError, CopyOps, CopyRange, FramePool, GrantTable, PeerSpan, SharedMemory,
+    copy_is_missing,
 };
 use hypercall::{DomId, Errno, GrantRef, GrantStatus, PAGE_SIZE, PageOffset};
 use sim::{DomainConfig, Fault, FaultPlan, Kind, Sim, SimHv};
@@ -27,7 +28,7 @@ fn world() -> World {
     let backend = sim.create(DomainConfig::dom0());
     let guest = sim.create(DomainConfig::guest());
     let table = GrantTable::new(&guest).unwrap();
-    let pool = FramePool::new(&backend, some(4), some(3));
+    let pool = FramePool::new(&backend, some(4), BufferSize::Pages(some(3)));
     World { sim, backend, guest, table, pool }
 }
 
@@ -241,7 +242,7 @@ fn a_pool_hands_out_each_buffer_once_and_gives_all_back() {
     let dom = sim.create(DomainConfig::guest());
     let before = sim.ledger();
     {
-        let pool = FramePool::new(&dom, some(3), some(2));
+        let pool = FramePool::new(&dom, some(3), BufferSize::Pages(some(2)));
         assert_eq!((pool.total(), pool.free()), (3, 3));
         let mut frames: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
         assert_eq!(frames.len(), 3);
@@ -262,10 +263,49 @@ fn a_pool_hands_out_each_buffer_once_and_gives_all_back() {
 }
 
 #[test]
+fn parts_of_a_page_share_it_and_do_not_overlap() {
+    const EACH: usize = PAGE_SIZE / BufferSize::PART;
+    let w = world();
+    let before = w.sim.ledger();
+    let pool = FramePool::new(&w.backend, some(2 * EACH + 1), BufferSize::Part);
+    assert_eq!(w.sim.ledger().len(), before.len() + 3, "pages");
+    let mut frames: Vec<_> = std::iter::from_fn(|| pool.take()).collect();
+    assert_eq!(frames.len(), 2 * EACH + 1);
+    frames.sort_by_key(|frame| (frame.gfn(), frame.offset()));
+    let shared = frames.chunk_by(|a, b| a.gfn() == b.gfn()).map(|page| {
+        let offsets = page.iter().map(|frame| usize::from(frame.offset().get()));
+        assert!(offsets.eq((0..).step_by(BufferSize::PART).take(page.len())));
+        page.len()
+    });
+    let mut shared: Vec<_> = shared.collect();
+    shared.sort_unstable();
+    assert_eq!(shared, [1, EACH, EACH]);
+    // Xen writes where the buffer is, and nowhere else.
+    let page = w.table.share(w.backend.id(), true).unwrap();
+    page.page().write_bytes(0, &pattern(PAGE_SIZE, 9));
+    let mut ops = CopyOps::new(frames.len());
+    let mut batch = ops.begin();
+    for (number, frame) in frames.iter_mut().enumerate() {
+        frame.bytes_mut().fill(0xaa);
+        let (to, _) = frame.span_mut().split_at(BufferSize::PART - number);
+        batch.pull(at(w.guest.id(), page.gref(), number as u16), to).unwrap();
+    }
+    batch.submit(&w.backend).unwrap();
+    for (number, frame) in frames.iter().enumerate() {
+        let (filled, rest) = frame.bytes().split_at(BufferSize::PART - number);
+        assert_eq!(filled, &pattern(PAGE_SIZE, 9)[number..BufferSize::PART]);
+        assert!(rest.iter().all(|byte| *byte == 0xaa));
+    }
+    drop((frames, pool, page));
+    assert_eq!(w.sim.ledger().since(&before).to_string(), "");
+    assert!(w.sim.violations().is_empty(), "each page is freed once");
+}
+
+#[test]
 fn a_pool_makes_do_with_the_memory_there_is() {
     let sim = Sim::new();
     let dom = sim.create(DomainConfig { pages: 5, ..DomainConfig::guest() });
-    let pool = FramePool::new(&dom, some(4), some(2));
+    let pool = FramePool::new(&dom, some(4), BufferSize::Pages(some(2)));
     assert_eq!((pool.total(), pool.free()), (2, 2));
 }
 

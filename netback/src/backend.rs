@@ -42,7 +42,7 @@ const MAPS: usize = 256;
 pub struct Config {
     /// Queues offered to each vif, 1 to [`MAX_QUEUES`].
     pub max_queues: u16,
-    /// Buffers of 4 KiB.
+    /// Buffers of 4 KiB, and as many of 256 bytes.
     pub small_buffers: NonZeroUsize,
     /// Buffers of 64 KiB.
     pub large_buffers: NonZeroUsize,

@@ -15,7 +15,7 @@ use core::fmt;
 use core::num::NonZeroUsize;
 
 use evtchn::{Binder, Channel, Eoi, Work};
-use grant::{CopyOps, Frame, FramePool, MapOps, MapRequest, Mapper, Mapping, PeerSpan};
+use grant::{BufferSize, CopyOps, Frame, FramePool, MapOps, MapRequest, Mapper, Mapping, PeerSpan};
 use hypercall::{DomId, GrantRef, Hypervisor, Instant, PageOffset, Port};
 use netif::ctrl::{CtrlBackRing, CtrlRequest, CtrlResponse, CtrlStatus, CtrlType, StaticGrant};
 use netif::hash::MAX_KEY;
@@ -96,7 +96,7 @@ impl<H: Hypervisor> Control<H> {
             steer: Steer::new(queues),
             pages: (0..queues).map(|_| StaticPages::new()).collect(),
             unmapped: false,
-            page: FramePool::new(hv, NonZeroUsize::MIN, NonZeroUsize::MIN).take(),
+            page: FramePool::new(hv, NonZeroUsize::MIN, BufferSize::PAGE).take(),
             ops: CopyOps::new(1),
             entries: 0,
         })

@@ -7,7 +7,7 @@
 use features::XenFeatures;
 use grant::Mapping;
 use hypercall::abi::{CacheFlush, GNTTAB_CACHE_CLEAN};
-use hypercall::{BusAddr, Errno, Gfn, Hypervisor, PAGE_SIZE};
+use hypercall::{BusAddr, Errno, Gfn, Hypervisor, PAGE_SIZE, PageOffset};
 
 use crate::datapath::{Arch, Facts, Nic};
 
@@ -143,9 +143,9 @@ impl DmaPiece {
         Some(Self { address, len, maintenance: rule.maintenance })
     }
 
-    /// Of our own memory, from the start of a frame.
-    pub(crate) fn own(rule: OwnRule, frame: Gfn, len: u16) -> Self {
-        let address = DmaAddress(BusAddr(frame.address()));
+    /// Of our own memory, from there on in a frame.
+    pub(crate) fn own(rule: OwnRule, frame: Gfn, offset: PageOffset, len: u16) -> Self {
+        let address = DmaAddress(BusAddr(frame.address() + u64::from(offset.get())));
         Self { address, len, maintenance: rule.maintenance }
     }
 

@@ -5,7 +5,7 @@ use core::mem;
 use core::num::NonZeroUsize;
 use core::ops::{Deref, DerefMut};
 
-use grant::{Frame, FramePool, SharedMemory, SpanMut};
+use grant::{BufferSize, Frame, FramePool, SharedMemory, SpanMut};
 use hypercall::{Gfn, Hypervisor, Instant, PAGE_SIZE};
 use netif::offload::{Checksum, Gso};
 use netif::tx::PacketHash;
@@ -15,7 +15,7 @@ use crate::dma::{DmaPiece, DmaRule, OwnRule};
 use crate::lent::{LentPage, Loan, Origin, Token};
 
 /// Pages in a large buffer: the largest packet the protocol can describe, 65,535 bytes.
-const LARGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(15);
+const LARGE: BufferSize = BufferSize::Pages(NonZeroUsize::MIN.saturating_add(15));
 
 /// Which flow a packet belongs to, as far as order matters: packets of one flow have the same number. It is the number
 /// of the queue that the packet came from, whose sender keeps each flow in one queue.
@@ -263,12 +263,13 @@ impl<H: Hypervisor> Packet<H> {
     /// The [private](Self::bytes) part, for a device that reads or writes by bus address, a page at a time. `None` for a page
     /// that is not within reach of any address.
     pub fn dma_own(&self, rule: OwnRule) -> impl Iterator<Item = Option<DmaPiece>> {
-        let Gfn(first) = self.0.gfn();
+        let (Gfn(first), offset) = (self.0.gfn(), self.0.offset());
+        // Only a buffer within one page begins behind the start of its page.
         (0..self.private().div_ceil(PAGE_SIZE)).map(move |index| {
             let left = self.private().checked_sub(index.checked_mul(PAGE_SIZE)?)?;
             let len = u16::try_from(left.min(PAGE_SIZE)).ok()?;
             let frame = first.checked_add(u64::try_from(index).ok()?)?;
-            Some(DmaPiece::own(rule, Gfn(frame), len))
+            Some(DmaPiece::own(rule, Gfn(frame), offset, len))
         })
     }
 
@@ -325,15 +326,16 @@ fn read_lent<H: Hypervisor>(pages: &[LentPage<H>], mut skip: usize, mut to: &mut
     to.is_empty()
 }
 
-/// The buffers that all packets live in. Fixed in number: when all are out, senders wait.
+/// The buffers that all packets live in. Fixed in number: when all of a size are out, senders wait.
 #[derive(Clone, Debug)]
 pub struct Pools<H: Hypervisor> {
+    tiny: FramePool<H, Label<H>>,
     small: FramePool<H, Label<H>>,
     large: FramePool<H, Label<H>>,
 }
 
 /// How many of a pool's buffers are free, of how many.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PoolUse {
     /// Not in use.
     pub free: usize,
@@ -341,12 +343,25 @@ pub struct PoolUse {
     pub total: usize,
 }
 
+impl PoolUse {
+    fn of<H: Hypervisor>(pool: &FramePool<H, Label<H>>) -> Self {
+        Self { free: pool.free(), total: pool.total() }
+    }
+
+    /// In use.
+    #[must_use]
+    pub fn out(&self) -> usize {
+        self.total - self.free
+    }
+}
+
 impl<H: Hypervisor> Pools<H> {
-    /// `small` buffers of 4 KiB and `large` ones of 64 KiB, or as many as there is memory for.
+    /// `small` buffers of 4 KiB, as many of 256 bytes, and `large` ones of 64 KiB, or as many as there is memory for.
     #[must_use]
     pub fn new(hv: &H, small: NonZeroUsize, large: NonZeroUsize) -> Self {
         Self {
-            small: FramePool::labelled(hv, small, NonZeroUsize::MIN),
+            tiny: FramePool::labelled(hv, small, BufferSize::Part),
+            small: FramePool::labelled(hv, small, BufferSize::PAGE),
             large: FramePool::labelled(hv, large, LARGE),
         }
     }
@@ -362,8 +377,18 @@ impl<H: Hypervisor> Pools<H> {
     }
 
     fn frame(&self, len: usize) -> Option<Frame<H, Label<H>>> {
-        let pool = if len <= PAGE_SIZE { &self.small } else { &self.large };
-        pool.take()
+        self.pool(len).take()
+    }
+
+    /// The pool of the smallest buffers that so many bytes fit into.
+    fn pool(&self, len: usize) -> &FramePool<H, Label<H>> {
+        if len <= BufferSize::PART {
+            &self.tiny
+        } else if len <= PAGE_SIZE {
+            &self.small
+        } else {
+            &self.large
+        }
     }
 
     /// A packet of its own with the same contents. `None` if there is no buffer, or not all of it is in memory of ours.
@@ -383,24 +408,45 @@ impl<H: Hypervisor> Pools<H> {
 
     /// How many buffers of the packet's size are free.
     pub(crate) fn free_like(&self, packet: &Packet<H>) -> usize {
-        if packet.is_large() { self.large.free() } else { self.small.free() }
+        self.pool(packet.0.size()).free()
     }
 
     /// Whether enough buffers of the packet's size are free for it to wait: the last eighth is for packets that go on at once.
     pub(crate) fn can_spare(&self, packet: &Packet<H>) -> bool {
-        let PoolUse { free, total } = if packet.is_large() { self.large() } else { self.small() };
-        free >= total / 8
+        let pool = self.pool(packet.0.size());
+        pool.free() >= pool.total() / 8
+    }
+
+    /// Whether there is one of each size.
+    pub(crate) fn any_of_each(&self) -> bool {
+        [&self.tiny, &self.small, &self.large].into_iter().all(|pool| pool.free() > 0)
+    }
+
+    /// Use of the buffers of 256 bytes.
+    #[must_use]
+    pub fn tiny(&self) -> PoolUse {
+        PoolUse::of(&self.tiny)
     }
 
     /// Use of the 4 KiB buffers.
     #[must_use]
     pub fn small(&self) -> PoolUse {
-        PoolUse { free: self.small.free(), total: self.small.total() }
+        PoolUse::of(&self.small)
     }
 
     /// Use of the 64 KiB buffers.
     #[must_use]
     pub fn large(&self) -> PoolUse {
-        PoolUse { free: self.large.free(), total: self.large.total() }
+        PoolUse::of(&self.large)
+    }
+
+    /// Use of all buffers.
+    #[must_use]
+    pub fn all(&self) -> PoolUse {
+        let each = [self.tiny(), self.small(), self.large()];
+        each.into_iter().fold(PoolUse::default(), |sum, pool| PoolUse {
+            free: sum.free + pool.free,
+            total: sum.total + pool.total,
+        })
     }
 }

@@ -103,7 +103,7 @@ impl<H: Hypervisor> Backend<H> {
         self.finish(client, now);
         self.sweep();
         let waits = self.queues().any(|queue| queue.has_tx());
-        self.has_more() || (waits && self.pools.small().free > 0 && self.pools.large().free > 0)
+        self.has_more() || (waits && self.pools.any_of_each())
     }
 
     fn has_more(&self) -> bool {

@@ -352,12 +352,11 @@ impl World {
     }
 
     /// What the driver domain holds of guests, and what is out: mappings, ports, packet buffers.
-    fn held(&mut self) -> [usize; 5] {
+    fn held(&mut self) -> [usize; 4] {
         let Domain { upcalls, mapper, .. } = &self.domain;
         let (ports, live, parked) = (upcalls.bound(), mapper.live(), mapper.parked());
         let pools = self.backend().pools();
-        let [small, large] = [pools.small(), pools.large()].map(|pool| pool.total - pool.free);
-        [ports, live, parked, small, large]
+        [ports, live, parked, pools.all().out()]
     }
 
     /// The same of one guest, as Xen has it.

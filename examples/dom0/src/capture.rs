@@ -7,12 +7,12 @@
 
 use core::num::NonZeroUsize;
 
-use grant::{Frame, FramePool};
+use grant::{BufferSize, Frame, FramePool};
 use hypercall::Instant;
 use runtime::Hv;
 
 /// Pages of the ring.
-const PAGES: NonZeroUsize = NonZeroUsize::MIN.saturating_add(255);
+const SIZE: BufferSize = BufferSize::Pages(NonZeroUsize::MIN.saturating_add(255));
 /// Bytes kept of each packet.
 const SNAP: usize = 128;
 const HEADER: usize = 32;
@@ -31,7 +31,7 @@ pub(crate) struct Capture {
 impl Capture {
     /// `None` if there is no memory for it.
     pub(crate) fn new(hv: &Hv) -> Option<Self> {
-        let frame = FramePool::new(hv, NonZeroUsize::MIN, PAGES).take()?;
+        let frame = FramePool::new(hv, NonZeroUsize::MIN, SIZE).take()?;
         let mut capture = Self { frame, next: 0, oldest: 0, written: 0 };
         capture.write_header();
         let (at, size) = (capture.frame.gfn().address(), capture.frame.size());

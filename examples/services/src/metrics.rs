@@ -6,7 +6,7 @@ use grant::Mapper;
 use hypercall::Hypervisor;
 use netback::counters::{Direction, Drops, PathCounters};
 use netback::datapath::{Datapath, Ways};
-use netback::{Backend, VifStatus};
+use netback::{Backend, PoolUse, VifStatus};
 
 use crate::exposition::Page;
 
@@ -30,8 +30,7 @@ pub fn write<H: Hypervisor>(page: &mut Page, sources: &Sources<'_, H>) {
     page.gauge("grant_mappings", "Pages of others that are mapped.", mapper.live());
     page.gauge("grant_mappings_parked", "Pages that Xen would not unmap.", mapper.parked());
     page.gauge("evtchn_ports_bound", "Event channels that are bound.", ports);
-    let (small, large) = (backend.pools().small(), backend.pools().large());
-    let (free, total) = (small.free + large.free, small.total + large.total);
+    let PoolUse { free, total } = backend.pools().all();
     page.gauge("netback_frames_free", "Packet buffers that are not in use.", free);
     page.gauge("netback_frames_total", "Packet buffers.", total);
     let switch = backend.switch_counters();

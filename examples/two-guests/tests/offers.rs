@@ -83,8 +83,7 @@ fn assert_right(world: &mut World, what: &str) {
     assert_eq!(world.uplink().bad_sums(), 0, "{what}");
     assert_eq!(world.uplink().in_flight(), 0, "{what}");
     assert_eq!(world.sim.violations(), Vec::<String>::new(), "{what}");
-    let pools = world.backend().unwrap().backend.pools();
-    let out = pools.small().total - pools.small().free + pools.large().total - pools.large().free;
+    let out = world.backend().unwrap().backend.pools().all().out();
     assert_eq!(out, world.uplink().posted(), "{what}");
 }
 

@@ -515,9 +515,7 @@ impl Machine {
     /// That all packet buffers are back.
     pub fn assert_no_buffer_out(&mut self) {
         self.take_local();
-        let pools = self.backend.pools();
-        assert_eq!(pools.small().free, pools.small().total);
-        assert_eq!(pools.large().free, pools.large().total);
+        assert_eq!(self.backend.pools().all().out(), 0);
     }
 
     /// A guest's domain is destroyed, and its toolstack tells.

@@ -167,8 +167,6 @@ impl World {
         assert_eq!((self.uplink.in_flight(), self.machine.backend.open()), (0, 0));
         assert!(self.lent() == 0 || self.machine.guests[0].frontend.is_none());
         let posted = self.card().posted();
-        let pools = self.machine.backend.pools();
-        let free = pools.small().free + pools.large().free;
-        assert_eq!(free + posted, pools.small().total + pools.large().total);
+        assert_eq!(self.machine.backend.pools().all().out(), posted);
     }
 }

@@ -257,7 +257,7 @@ fn noise_does_no_harm() {
 fn without_buffers_the_ring_runs_dry_and_is_filled_again() {
     let mut world = World::new(Board::plain(), Offers::empty());
     let mut taken = Vec::new();
-    while let Some(packet) = world.machine.backend.packet(60, world.machine.now) {
+    while let Some(packet) = world.machine.backend.packet(1514, world.machine.now) {
         taken.push(packet);
     }
     let bytes = frame(world.guest(), OUTSIDE, 500, 1);

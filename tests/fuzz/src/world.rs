@@ -318,9 +318,7 @@ impl World {
     /// That nobody broke the contract of the seam, and all packet buffers are back.
     pub fn assert_clean(&self) {
         assert_eq!(self.sim.violations(), Vec::<String>::new());
-        let pools = self.backend.pools();
-        assert_eq!(pools.small().free, pools.small().total);
-        assert_eq!(pools.large().free, pools.large().total);
+        assert_eq!(self.backend.pools().all().out(), 0);
     }
 
     /// A domain is destroyed, and the toolstack says so.

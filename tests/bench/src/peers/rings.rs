@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result, anyhow};
 use grant::{
-    CopyOps, CopyRange, Frame, FramePool, GrantTable, GrantedPage, MapRequest, Mapper, Mapping,
-    PeerSpan, SharedMemory,
+    BufferSize, CopyOps, CopyRange, Frame, FramePool, GrantTable, GrantedPage, MapRequest, Mapper,
+    Mapping, PeerSpan, SharedMemory,
 };
 use hypercall::{DomId, PageOffset};
 use netif::ring::{TxBackRing, TxFrontRing};
@@ -90,7 +90,7 @@ impl Rings {
         let back = TxBackRing::attach(mapping).map_err(|(fault, _)| anyhow!("{fault}"))?;
         let pages = (0..IDS).map(|_| table.share(hv.id(), true)).collect::<Result<_, _>>()?;
         let count = NonZeroUsize::new(IDS).context("no buffers")?;
-        let pool = FramePool::new(&hv, count, NonZeroUsize::MIN);
+        let pool = FramePool::new(&hv, count, BufferSize::PAGE);
         let frames: Option<_> = (0..IDS).map(|_| pool.take()).collect();
         let size = packets.map_or(0, |packets| packets.written);
         Ok(Self {
