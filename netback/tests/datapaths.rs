@@ -5,7 +5,7 @@
 mod common;
 
 use common::{MS, Machine, SECOND, frame};
-use netback::datapath::{Datapath, Datapaths, Withdrawal};
+use netback::datapath::{Datapath, Datapaths, Policy, Withdrawal};
 use netback::{Packet, VifStatus};
 use netfront::Config;
 use netif::mac::MacAddr;
@@ -17,7 +17,11 @@ const LARGE: usize = 20_000;
 
 /// Two guests that the switch knows.
 fn machine() -> Machine {
-    let mut machine = Machine::new();
+    acquainted(common::config())
+}
+
+fn acquainted(config: netback::Config) -> Machine {
+    let mut machine = Machine::with(config);
     for guest in 0..2 {
         // Static pages would go before all else.
         machine.guest(Config { static_grants: false, ..Config::new(hypercall::Handle(0)) });
@@ -222,6 +226,22 @@ fn without_the_translation_bit_nothing_is_mapped() {
     drop(to_local(&mut machine, LARGE));
     let (_, packet) = to_local(&mut machine, LARGE);
     assert_eq!(packet.path(), Datapath::Map);
+}
+
+#[test]
+fn by_default_what_fits_in_a_page_is_copied() {
+    let mut machine = acquainted(netback::Config { policy: Policy::default(), ..common::config() });
+    let (from, to) = (machine.guests[0].mac(), machine.guests[1].mac());
+    for (len, path) in [(1514, Datapath::Copy), (4095, Datapath::Copy), (4096, Datapath::Direct)] {
+        let before = sent(&machine, 0, path);
+        let bytes = frame(to, from, len, 1);
+        machine.guests[0].send(&bytes);
+        machine.settle();
+        assert!(machine.guests[1].take().remove(0).0 == bytes);
+        assert_eq!(sent(&machine, 0, path), before + 1, "{len}");
+    }
+    let mapped = to_local(&mut machine, 4096).1.path();
+    assert_eq!((to_local(&mut machine, 4095).1.path(), mapped), (Datapath::Copy, Datapath::Map));
 }
 
 #[test]

@@ -145,7 +145,8 @@ pub fn config() -> Config {
         switch: SwitchLimits::default(),
         seed: Seed(1, 2),
         facts: facts(),
-        policy: Policy::default(),
+        // Packets of two slots that one page of the sender's has room for go by reference.
+        policy: Policy { direct_from: 1024, map_from: 2048, ..Policy::default() },
     }
 }
 
