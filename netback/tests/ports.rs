@@ -362,7 +362,7 @@ fn hostile_what_waits_for_a_card_leaves_buffers_to_those_who_need_none() {
     config.small_buffers = std::num::NonZeroUsize::new(100).unwrap();
     let mut machine = acquainted(Machine::with(config), 3);
     for guest in [0, 2] {
-        let flood = frame(GATEWAY, machine.guests[guest].mac(), 200, 1);
+        let flood = frame(GATEWAY, machine.guests[guest].mac(), 600, 1);
         for _ in 0..300 {
             machine.guests[guest].send(&flood);
             machine.settle();

@@ -157,8 +157,6 @@ struct World {
     uplink: Uplink<SimHv, Net<SimHv, Software>>,
     receive: Device,
     transmit: Device,
-    /// Buffers that are free while the card has none.
-    free: usize,
 }
 
 impl World {
@@ -181,13 +179,12 @@ impl World {
         };
         let (binder, mapper) = (upcalls.binder(), Mapper::new(&hv));
         let backend = Backend::new(&hv, binder, mapper, &mut Client::new(), config).unwrap();
-        let free = backend.pools().small().free;
         let [receive, transmit] = software.0.borrow().queues.map(|queue| {
             let (areas, size) = queue.unwrap();
             Device::new(&sim, &hv, areas, size)
         });
         let uplink = Uplink::new(net, UplinkConfig::default());
-        let mut world = Self { software, backend, uplink, receive, transmit, free };
+        let mut world = Self { software, backend, uplink, receive, transmit };
         world.poll();
         world
     }
@@ -340,13 +337,13 @@ fn a_device_that_makes_no_sense_is_reset_and_goes_on() {
         let mut world = World::new();
         world.send(&frame(1, 60));
         world.poll();
-        let posted = world.free - world.backend.pools().small().free;
+        let posted = world.backend.pools().all().out();
         lie(&mut world);
         world.poll();
         world.poll();
         assert_eq!(world.uplink.counters().hardware.resets, 1);
         assert_eq!(world.uplink.in_flight(), 0);
-        assert_eq!(world.free - world.backend.pools().small().free, posted - 1, "buffers are back");
+        assert_eq!(world.backend.pools().all().out(), posted - 1, "buffers are back");
         world.receive = world.receive.renewed();
         world.transmit = world.transmit.renewed();
         world.send(&frame(2, 80));
@@ -362,15 +359,15 @@ fn a_device_that_does_not_stop_keeps_what_it_has() {
     let mut world = World::new();
     world.send(&frame(1, 60));
     world.poll();
-    let free = world.backend.pools().small().free;
+    let free = world.backend.pools().all().free;
     world.software.0.borrow_mut().stops = false;
     world.transmit.say(999, 0);
     world.poll();
     world.poll();
     assert_eq!(world.uplink.counters().hardware.stuck, 1);
     let World { backend, uplink, .. } = world;
-    assert_eq!(backend.pools().small().free, free);
+    assert_eq!(backend.pools().all().free, free);
     // Not even at the end: it may still write there.
     drop(uplink);
-    assert_eq!(backend.pools().small().free, free);
+    assert_eq!(backend.pools().all().free, free);
 }
