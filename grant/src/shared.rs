@@ -12,9 +12,9 @@ use hypercall::{PAGE_SIZE, arch};
 
 /// A page shared with a peer: 1,024 words, each read or written atomically.
 ///
-/// Byte offsets are taken modulo the page, and word offsets rounded down to a word, so that no offset can reach outside:
-/// a peer's number that slipped through would read the wrong word of the peer's own page, nothing else. A trait, so
-/// that the ring's algorithm runs unchanged under a model checker.
+/// An offset that is not one of a word in the page stands for another that is, so that none can reach outside: a peer's
+/// number that slipped through would read the wrong word of the peer's own page, nothing else. A trait, so that the
+/// ring's algorithm runs unchanged under a model checker.
 pub trait SharedMemory {
     /// One 32-bit word, in the machine's byte order.
     fn load_u32(&self, offset: usize, order: Ordering) -> u32;
@@ -67,11 +67,13 @@ impl SharedPage {
         Self { base }
     }
 
-    /// Adjacent words; where they would not all be in the page, the last that are.
+    /// Adjacent words; where they would not all be in the page, or begin within a word, the last that are.
     #[inline]
     fn words<const N: usize>(&self, offset: usize) -> &[AtomicU32; N] {
         const { assert!(N <= PAGE_SIZE / 4) };
-        let offset = (offset % PAGE_SIZE).min(PAGE_SIZE - N * 4) & !3;
+        // By conditions, which compilers know to be met by the offsets of slots.
+        let last = PAGE_SIZE - N * 4;
+        let offset = if offset <= last && offset.is_multiple_of(4) { offset } else { last };
         // SAFETY: they begin at a multiple of 4 and end within the page, which is aligned and lives as long as `self`;
         // an `AtomicU32` may be written by others at any time.
         unsafe { self.base.add(offset).cast().as_ref() }
@@ -96,16 +98,19 @@ impl SharedPage {
         }
     }
 
-    /// The longs that a part of the page is in, if it begins with one, as packets mostly do, ends in the page, and is not
-    /// long enough to be copied in bulk.
+    /// The whole blocks that a part of the page begins with, if it begins with a long, as packets mostly do, ends in the page,
+    /// and is not long enough to be copied in bulk. As many as there are in a slice of that length, so that who goes through
+    /// both counts them once.
     #[inline]
-    fn longs(&self, offset: usize, len: usize) -> Option<&[AtomicU64]> {
-        if len >= BULK {
+    fn blocks(&self, offset: usize, len: usize) -> Option<&[Block]> {
+        if len >= BULK.min(PAGE_SIZE) || !offset.is_multiple_of(8) || offset > PAGE_SIZE - len {
             return None;
         }
-        let first = offset / 8;
-        let page: &[AtomicU64] = self.slice(0, PAGE_SIZE);
-        page.get(first..first + len.div_ceil(8)).filter(|_| offset.is_multiple_of(8))
+        // SAFETY: it begins with a long and ends within the page, which is aligned and lives as long as `self`; any bytes make an
+        // atomic integer, and one may be written by others at any time.
+        Some(unsafe {
+            slice::from_raw_parts(self.base.add(offset).cast().as_ptr(), len / arch::BLOCK_SIZE)
+        })
     }
 
     /// The last bytes of a part that begins with a long.
@@ -378,11 +383,11 @@ impl SharedMemory for SharedPage {
 
     #[inline]
     fn read_bytes(&self, offset: usize, to: &mut [u8]) {
-        let Some(longs) = self.longs(offset, to.len()) else {
+        let Some(from) = self.blocks(offset, to.len()) else {
             return self.read_pieces(offset, to);
         };
         let (blocks, last) = to.as_chunks_mut();
-        read_blocks(longs.as_chunks().0, blocks);
+        read_blocks(from, blocks);
         if !last.is_empty() {
             self.read_last(offset + blocks.len() * arch::BLOCK_SIZE, last);
         }
@@ -390,11 +395,11 @@ impl SharedMemory for SharedPage {
 
     #[inline]
     fn write_bytes(&self, offset: usize, from: &[u8]) {
-        let Some(longs) = self.longs(offset, from.len()) else {
+        let Some(to) = self.blocks(offset, from.len()) else {
             return self.write_pieces(offset, from);
         };
         let (blocks, last) = from.as_chunks();
-        write_blocks(longs.as_chunks().0, blocks);
+        write_blocks(to, blocks);
         if !last.is_empty() {
             self.write_last(offset + blocks.len() * arch::BLOCK_SIZE, last);
         }

@@ -147,6 +147,8 @@ pub struct BackRing<M, Req, Rsp> {
     req_cons: u32,
     /// What the last poll saw.
     req_seen: u32,
+    /// How much of that can be answered: where taking ends.
+    req_end: u32,
     rsp_prod: u32,
     rsp_published: u32,
     slots: PhantomData<(Req, Rsp)>,
@@ -177,6 +179,7 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> BackRing<M, Req, Rsp> {
             memory,
             req_cons: start,
             req_seen: start,
+            req_end: start,
             rsp_prod: start,
             rsp_published: start,
             slots: PhantomData,
@@ -191,16 +194,18 @@ impl<M: SharedMemory, Req: Slot, Rsp: Slot> BackRing<M, Req, Rsp> {
     #[inline]
     pub fn poll(&mut self) -> Result<u32, RingFault> {
         let index = self.memory.load_u32(layout::REQ_PROD, Acquire);
-        check(index, self.req_seen, self.req_cons, Self::ENTRIES)?;
+        let ahead = check(index, self.req_seen, self.req_cons, Self::ENTRIES)?;
+        let available = ahead.min(Self::ENTRIES - self.unanswered());
         self.req_seen = index;
-        Ok(self.available())
+        self.req_end = self.req_cons.wrapping_add(available);
+        Ok(available)
     }
 
     /// Requests that [`take`](Self::take) will give, as of the last [`poll`](Self::poll).
     #[inline]
     #[must_use]
     pub fn available(&self) -> u32 {
-        self.req_seen.wrapping_sub(self.req_cons).min(Self::ENTRIES - self.unanswered())
+        self.req_end.wrapping_sub(self.req_cons)
     }
 
     /// The next request, read from the page once. `None` when all that the last [`poll`](Self::poll) saw are taken.

@@ -19,45 +19,56 @@ pub const BATCH: u16 = 32;
 #[repr(align(4096))]
 struct Aligned(#[expect(dead_code, reason = "used through its address")] [u8; PAGE_SIZE]);
 
+/// Packets that can be on their way.
+const SLOTS: usize = 256;
+
+type Pages = Box<[SharedPage; SLOTS]>;
+
 /// Shared pages, each seen by two ends.
-fn pages(count: usize) -> [Vec<SharedPage>; 2] {
+fn pages<const COUNT: usize>() -> [Box<[SharedPage; COUNT]>; 2] {
     let ours: &'static mut [Aligned] =
-        Vec::leak((0..count).map(|_| Aligned([0; PAGE_SIZE])).collect());
+        Vec::leak((0..COUNT).map(|_| Aligned([0; PAGE_SIZE])).collect());
     let bases: Vec<NonNull<u8>> = ours.iter_mut().map(|page| NonNull::from(page).cast()).collect();
-    // SAFETY: each is a page, aligned, never given back, and from here on reached through these alone.
-    [0, 1].map(|_| bases.iter().map(|base| unsafe { SharedPage::new(*base) }).collect())
+    [0, 1].map(|_| {
+        // SAFETY: each is a page, aligned, never given back, and from here on reached through these alone.
+        let pages: Box<[_]> = bases.iter().map(|base| unsafe { SharedPage::new(*base) }).collect();
+        pages.try_into().unwrap()
+    })
 }
 
-/// Two ends, and the pages of packets.
-pub struct Pair {
+/// Two ends, and the pages of packets, whose size the compiler knows as C's does.
+pub struct Pair<const SIZE: usize> {
     front: TxFrontRing<SharedPage>,
-    free: Vec<u16>,
-    sent: Vec<SharedPage>,
+    free: [u16; SLOTS],
+    nr_free: usize,
+    sent: Pages,
     back: TxBackRing<SharedPage>,
-    seen: Vec<SharedPage>,
-    packet: Vec<u8>,
-    to: Vec<u8>,
+    seen: Pages,
+    packet: [u8; SIZE],
+    to: [u8; SIZE],
 }
 
-fn pair(size: usize) -> Pair {
-    let [mut sent, mut seen] = pages(257);
-    let (front, back) = (sent.pop().unwrap(), seen.pop().unwrap());
-    Pair {
+fn pair<const SIZE: usize>() -> Box<dyn Ends> {
+    let [[front], [back]] = pages::<1>().map(|page| *page);
+    let [sent, seen] = pages();
+    Box::new(Pair {
         front: TxFrontRing::init(front),
         back: TxBackRing::attach(back).unwrap(),
-        free: (0..256).collect(),
+        free: std::array::from_fn(|slot| slot as u16),
+        nr_free: SLOTS,
         sent,
         seen,
-        packet: vec![0x5a; size],
-        to: vec![0; size],
-    }
+        packet: [0x5a; SIZE],
+        to: [0; SIZE],
+    })
 }
 
-impl Pair {
+impl<const SIZE: usize> Pair<SIZE> {
     fn send(&mut self) {
         for _ in 0..BATCH {
-            let id = self.free.pop().unwrap();
-            if !self.packet.is_empty() {
+            self.nr_free -= 1;
+            let id = self.free[self.nr_free];
+            if SIZE > 0 {
                 self.sent[usize::from(id)].write_bytes(0, &self.packet);
             }
             let request = TxRequest {
@@ -65,7 +76,7 @@ impl Pair {
                 offset: 0,
                 flags: TxFlags::empty(),
                 id: TxId(id),
-                size: self.packet.len() as u16,
+                size: SIZE as u16,
             };
             self.front.push(request).unwrap();
         }
@@ -77,9 +88,10 @@ impl Pair {
         loop {
             while let Some(request) = self.back.take() {
                 assert!(usize::from(request.offset) + usize::from(request.size) <= PAGE_SIZE);
-                if request.size > 0 {
-                    let to = &mut self.to[..request.size.into()];
-                    self.seen[request.gref.0 as usize].read_bytes(request.offset.into(), to);
+                assert!(usize::from(request.size) == SIZE);
+                if SIZE > 0 {
+                    let page = &self.seen[request.gref.0 as usize];
+                    page.read_bytes(request.offset.into(), &mut self.to);
                 }
                 self.back.push(TxResponse { id: request.id, status: TxStatus::OKAY }).unwrap();
             }
@@ -94,8 +106,9 @@ impl Pair {
         self.front.poll().unwrap();
         loop {
             while let Some((_, response)) = self.front.take() {
-                assert_eq!(response.status, TxStatus::OKAY);
-                self.free.push(response.id.0);
+                assert!(response.status == TxStatus::OKAY);
+                self.free[self.nr_free] = response.id.0;
+                self.nr_free += 1;
             }
             if !self.front.arm().unwrap() {
                 break;
@@ -104,15 +117,27 @@ impl Pair {
     }
 }
 
-#[library_benchmark(setup = pair)]
-#[bench::descriptors(0)]
-#[bench::copy_64(64)]
-#[bench::copy_1500(1500)]
-fn ring(mut pair: Pair) -> Pair {
+/// A pair of any size.
+pub trait Ends {
+    /// Sends [`BATCH`] packets, takes them, answers them, and takes the answers.
+    fn batch(&mut self);
+}
+
+impl<const SIZE: usize> Ends for Pair<SIZE> {
+    fn batch(&mut self) {
+        self.send();
+        self.serve();
+        self.reap();
+    }
+}
+
+#[library_benchmark]
+#[bench::descriptors(pair::<0>())]
+#[bench::copy_64(pair::<64>())]
+#[bench::copy_1500(pair::<1500>())]
+fn ring(mut pair: Box<dyn Ends>) -> Box<dyn Ends> {
     for _ in 0..ITEMS / u64::from(BATCH) {
-        pair.send();
-        pair.serve();
-        pair.reap();
+        pair.batch();
     }
     pair
 }
