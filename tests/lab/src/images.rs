@@ -60,8 +60,8 @@ pub struct XlImages {
 /// The steps a domain can take, by name.
 const STEPS: &[(&str, &str)] = &embedded!("steps":
     "abuse" "at" "away" "bg" "bgcut" "bgend" "bgruns" "bgwait" "cnt" "cputime" "crash" "drain" "feat" "fetch" "file" "files" "filesum" "flow"
-    "garbage" "get" "iperf" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "rtts" "segs" "services" "settle" "sha" "sink" "sinks" "source"
-    "state" "storetime" "stream" "streamed" "streamstop" "udone" "untold" "up" "urecv" "usend"
+    "garbage" "get" "iperf" "job" "lease" "met" "net" "pings" "pour" "private" "reach" "reload" "renet" "rtts" "services" "settle" "sha" "sink" "sinks" "source"
+    "state" "storetime" "stream" "streamed" "streamstop" "sys" "udone" "untold" "up" "urecv" "usend"
 );
 
 /// The steps that only a dom0 with xl can take.

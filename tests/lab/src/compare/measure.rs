@@ -34,6 +34,9 @@ pub struct Effort {
 
 /// Payloads of datagrams.
 const SIZES: [u32; 3] = [64, 512, 1472];
+/// What a socket may hold that waits for its reader, in bytes: Linux's 208 KiB are less than what a ring of small packets takes
+/// there, so that what is delivered would say how guest 2's turns fall.
+const RECEIVE_BUFFER: u32 = 4 << 20;
 /// How long a stream between guests of this project may take.
 const STREAM: Duration = Duration::from_secs(600);
 /// What a step may take beside its own time.
@@ -65,6 +68,12 @@ pub fn traffic(run: &mut Run, asked: Asked, effort: Effort) {
     idle(run, &meter, effort.idle);
     pings(run, 1, 2, effort.pings);
     tcp(run, &meter, effort.tcp);
+    let made = run.good(2, &format!("sys net/core/rmem_default {RECEIVE_BUFFER}"), 20);
+    run.check(
+        "guest 2's sockets hold what came at once",
+        Source::Dom(2),
+        made.map(|_| format!("{} MiB", RECEIVE_BUFFER >> 20)),
+    );
     for size in SIZES {
         udp(run, &meter, size, effort.udp);
     }
@@ -95,7 +104,7 @@ pub fn ours(run: &mut Run, made: &Made, side: Side, effort: Effort) {
             ("ours_tcp_mbit".to_owned(), rate),
             ("cpu_ours_tcp_s_per_gb".to_owned(), cpu.backend() / (bytes / GB)),
         ];
-        figures.extend(busy("ours_tcp", [cpu].into_iter()));
+        figures.extend(busy("ours_tcp", [(cpu, bytes * 8.0 / MILLION / rate)]));
         figures
     });
     keep(run, "TCP from our guest 1 to our guest 2", made);
@@ -226,15 +235,16 @@ fn costs(transfers: &[(Arrived, Cpu)]) -> Vec<(String, f64)> {
     let bytes = sum(|(arrived, _)| arrived.bytes);
     let backend = sum(|(_, cpu)| cpu.backend());
     let mut figures = vec![("cpu_tcp_s_per_gb".to_owned(), backend / (bytes / GB))];
-    figures.extend(busy("tcp", transfers.iter().map(|(_, cpu)| *cpu)));
+    figures.extend(busy("tcp", transfers.iter().map(|(arrived, cpu)| (*cpu, arrived.seconds))));
     figures
 }
 
-fn busy(what: &str, cpus: impl Iterator<Item = Cpu>) -> Vec<(String, f64)> {
-    let all: Vec<_> = cpus.collect();
-    let seconds: f64 = all.iter().map(|cpu| cpu.elapsed).sum();
+/// Of the time that the transfers took, for before and after one nobody does anything.
+fn busy(what: &str, transfers: impl IntoIterator<Item = (Cpu, f64)>) -> Vec<(String, f64)> {
+    let all: Vec<_> = transfers.into_iter().collect();
+    let seconds: f64 = all.iter().map(|(_, seconds)| seconds).sum();
     let of = |(domain, who): (usize, &str)| {
-        let used: f64 = all.iter().filter_map(|cpu| cpu.used.get(domain)).sum();
+        let used: f64 = all.iter().filter_map(|(cpu, _)| cpu.used.get(domain)).sum();
         (format!("busy_{what}_{who}"), 100.0 * used / seconds)
     };
     ["backend", "guest1", "guest2"].into_iter().enumerate().map(of).collect()
@@ -254,7 +264,7 @@ fn udp(run: &mut Run, meter: &Meter, size: u32, seconds: u32) {
             (format!("udp_{size}_sent_pps"), datagrams.sent / arrived.seconds),
             (format!("cpu_udp_{size}_s_per_million"), cpu.backend() / (brought / MILLION)),
         ];
-        figures.extend(busy(&format!("udp_{size}"), [cpu].into_iter()));
+        figures.extend(busy(&format!("udp_{size}"), [(cpu, arrived.seconds)]));
         figures.extend(cpu.calls.map(|calls| (format!("calls_udp_{size}"), calls / brought)));
         Ok(figures)
     });

@@ -50,8 +50,8 @@ pub fn in_mid_transfer(run: &mut Run, outside: &Outside) {
 /// Guest 1 sends and guest 2 fetches, until the card has just been given pages of guest 1.
 fn begin(run: &Run, outside: &Outside) -> Result<String> {
     run.good(2, &format!("bg little fetch world {} /{LITTLE}/2", outside.world.http), 20)?;
-    // What fits in a page would be copied.
-    run.good(1, "segs 6", 20)?;
+    // What fits in a page would be copied, and with a peer so far away TCP begins with packets of two segments.
+    run.good(1, "sys net/ipv4/tcp_min_tso_segs 6", 20)?;
     run.good(1, &format!("bg send sink {}", outside.sink()), 20)?;
     // Not what it has had for a while already.
     let first = at_rest(run)?;
