@@ -365,7 +365,7 @@ mod tests {
         let one = Arrived { seconds: 10.0, bytes: 1.5e9, datagrams: None };
         let other = Arrived { seconds: 10.0, bytes: 0.5e9, datagrams: None };
         let made = costs(&[(one, cpu([3.0, 8.0, 9.0])), (other, cpu([1.0, 8.0, 9.0]))]);
-        let expected = [2.0, 16.0, 64.0, 72.0];
+        let expected = [2.0, 20.0, 80.0, 90.0];
         assert_eq!(made.iter().map(|(_, value)| *value).collect::<Vec<_>>(), expected);
     }
 }
